@@ -1,0 +1,37 @@
+"""The ``diffusion`` command: finds the subcommand, and imports only that one."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from diffusion.settings import did_you_mean
+
+COMMANDS = {
+    "generate": "make pictures from text",
+    "train": "train a model from a config",
+    "evaluate": "measure a model",
+    "info": "describe this installation, a model folder or a picture",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``diffusion COMMAND ...`` and return its exit code."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in COMMANDS:
+        return import_module(f"diffusion.cli.{command}").run(rest)
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        from diffusion import __version__
+
+        print(f"diffusion {__version__}")
+        return 0
+    known = ", ".join(COMMANDS)
+    print(f"diffusion: unknown command {command!r}{did_you_mean(command, COMMANDS)} (commands: {known})", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items())
+    return f"usage: diffusion COMMAND ...\n\n{rows}\n\n`diffusion COMMAND --help` tells more."

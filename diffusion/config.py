@@ -1,0 +1,243 @@
+"""What a training run is: typed dataclasses read from YAML, with every fault found at once.
+
+    config = load("configs/emoji.yaml", ["train.lr=3e-4", "name=mine"])
+
+Unknown keys, wrong types, duplicate keys and values out of range raise one ``ValueError`` that lists all of them, each
+with its dotted path and, for a typo, the nearest known key. ``1e-4`` is a number; ``true`` is not an integer.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Network = dict[str, Any]  # keyword arguments of a network class; checked against its signature when it is built
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Captions:
+    """How a caption is chosen at each visit of a picture."""
+
+    dropout: Annotated[Fraction, "share of visits with the empty caption, for classifier-free guidance"] = 0.1
+    keywords: Annotated[Fraction, "share of visits with a shuffled choice of keywords instead of the text"] = 0.0
+    fillers: Annotated[list[str], "words strewn into half of the captions, so that a prompt may hold words that name nothing"] = Field(
+        default_factory=list
+    )
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Data:
+    """The pictures and their captions."""
+
+    path: Annotated[str, "folder with metadata.jsonl"]
+    size: Annotated[Positive, "pictures are scaled and centre-cropped to size x size pixels"] = 512
+    crop: Annotated[Positive | None, "train on random square crops of this many pixels (autoencoder)"] = None
+    balance: Annotated[str | None, "metadata field that names a group; its members share one weight"] = None
+    balance_power: Annotated[Fraction, "1: every group is drawn equally often; 0: every picture is"] = 1.0
+    captions: Annotated[Captions, "caption choice"] = Field(default_factory=Captions)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Tokenizer:
+    """A byte-pair tokenizer trained on the captions."""
+
+    vocab_size: Annotated[int, Field(ge=514), "tokens, the 512 byte tokens and two markers included"] = 4096
+    max_length: Annotated[int, Field(ge=4), "tokens that the text encoder reads, both markers included"] = 77
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Model:
+    """What is built or loaded. Parts that are given are built anew; the others come from ``base``."""
+
+    base: Annotated[str | None, "model folder or name to start from"] = None
+    autoencoder: Annotated[str | None, "model folder whose vae/ is used"] = None
+    vae: Annotated[Network | None, "AutoencoderKL arguments"] = None
+    tokenizer: Annotated[Tokenizer | None, "tokenizer to train"] = None
+    text_encoder: Annotated[Network | None, "CLIPTextConfig arguments"] = None
+    unet: Annotated[Network | None, "UNet2DConditionModel arguments"] = None
+    beta_schedule: Annotated[Literal["linear", "scaled_linear", "cosine"], "forward process"] = "scaled_linear"
+    zero_terminal_snr: Annotated[bool, "rescale the betas so that the last step is pure noise (2305.08891)"] = False
+    prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], "what the U-Net puts out"] = "epsilon"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Loss:
+    """Weights and densities. The first three belong to the denoiser, the others to the autoencoder."""
+
+    weighting: Annotated[Literal["uniform", "min_snr"], "loss weight over noise levels"] = "uniform"
+    gamma: Annotated[Annotated[float, Field(gt=0)], "min-SNR ceiling (2303.09556)"] = 5.0
+    density: Annotated[Literal["uniform", "logit_normal"], "distribution of training times"] = "uniform"
+    density_mean: Annotated[float, "logit-normal mean: above 0 trains more at high noise"] = 0.0
+    density_std: Annotated[Annotated[float, Field(gt=0)], "logit-normal width"] = 1.0
+    l1: Annotated[Rate, "weight of the absolute pixel error"] = 1.0
+    mse: Annotated[Rate, "weight of the squared pixel error"] = 1.0
+    gradient: Annotated[Rate, "weight of the absolute error of horizontal and vertical differences"] = 0.0
+    kl: Annotated[Rate, "weight of the divergence from the standard normal, per latent value"] = 1e-6
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Train:
+    """The loop. Every count of steps is in optimizer steps."""
+
+    steps: Annotated[Positive, "optimizer steps"] = 1000
+    batch_size: Annotated[Positive, "pictures an optimizer step, over all processes and micro-batches"] = 16
+    micro_batch: Annotated[Positive | None, "pictures a forward pass on one process; null: the whole share"] = None
+    lr: Annotated[Rate, "peak learning rate"] = 1e-4
+    lr_schedule: Annotated[Literal["constant", "cosine", "linear"], "after the warm-up"] = "constant"
+    warmup: Annotated[Count, "steps of linear warm-up"] = 0
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2), "AdamW betas"] = Field(
+        default_factory=lambda: [0.9, 0.999]
+    )
+    weight_decay: Annotated[Rate, "AdamW weight decay"] = 0.01
+    clip: Annotated[Rate, "gradient norm ceiling; 0 turns it off"] = 1.0
+    ema: Annotated[Annotated[float, Field(ge=0, lt=1)], "decay of the averaged weights that are shipped; 0 turns it off"] = 0.999
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "autocast precision; auto measures"] = "auto"
+    compile: Annotated[bool, "torch.compile the networks"] = False
+    workers: Annotated[Count, "data worker processes"] = 0
+    log_every: Annotated[Positive, "steps between lines of metrics.jsonl"] = 50
+    sample_every: Annotated[Count, "steps between sample grids; 0: only at the end"] = 1000
+    checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)], "wall-clock minutes between checkpoints"] = 10.0
+    keep_last: Annotated[Positive, "checkpoints kept"] = 2
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Recipe:
+    """Generation defaults that the trained model carries in its recipe.json."""
+
+    steps: Annotated[Positive, "denoising steps"] = 30
+    guidance_scale: Annotated[Rate, "classifier-free guidance"] = 7.5
+    sampler: Annotated[str, "sampler name"] = "ddim"
+    schedule: Annotated[str, "grid of noise levels"] = "trailing"
+    prompts: Annotated[list[str], "prompts of the sample grids"] = Field(default_factory=list)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Config:
+    """One training run."""
+
+    task: Annotated[Literal["autoencoder", "text_to_image"], "what is trained"]
+    name: Annotated[str, "the run writes to <output>/<name>/"]
+    data: Annotated[Data, "pictures and captions"]
+    seed: Annotated[Count, "names every random draw of the run"] = 0
+    output: Annotated[str, "folder of all runs"] = "runs"
+    model: Annotated[Model, "networks"] = Field(default_factory=Model)
+    loss: Annotated[Loss, "objective"] = Field(default_factory=Loss)
+    train: Annotated[Train, "loop"] = Field(default_factory=Train)
+    recipe: Annotated[Recipe, "generation defaults"] = Field(default_factory=Recipe)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``dotted.key=value`` overrides (a leading ``--`` is allowed) and validate the whole."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file{_suggest_file(path)}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        for override in overrides:
+            _apply(tree, override)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, got {type(tree).__name__}")
+    return validate(tree, str(path))
+
+
+def validate(tree: dict[str, Any], source: str = "config") -> Config:
+    """A nested mapping as a Config; ``ValueError`` with one line a fault."""
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict, yet takes mappings for classes
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        raise ValueError("\n".join(f"{source}: {fault}" for fault in faults)) from None
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that ``load`` reads back to an equal Config."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def documented_fields(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every field as (dotted path, default, one line of documentation)."""
+    rows: list[tuple[str, str, str]] = []
+    for field in fields(cls):  # type: ignore[arg-type]
+        kind, *notes = get_args(field.type)
+        doc = next(note for note in reversed(notes) if isinstance(note, str))
+        if is_dataclass(kind):
+            rows += documented_fields(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            rows.append((f"{prefix}{field.name}", _default_text(field.default), doc))
+    return rows
+
+
+def _default_text(default: Any) -> str:
+    value = getattr(default, "default", default)  # pydantic keeps a FieldInfo where a factory is used
+    factory = getattr(default, "default_factory", None)
+    if factory is not None:
+        value = factory()
+    return "required" if "PydanticUndefined" in repr(value) or "MISSING" in repr(value) else yaml.safe_dump(
+        value, default_flow_style=True
+    ).replace("\n...", "").strip()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not of the form key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {parent} is not a section")
+    tree[leaf] = yaml.load(text, Loader=_Loader)
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [path for path, _, _ in documented_fields()] + [field.name for field in fields(Config)]
+        near = difflib.get_close_matches(where, known, 1, 0.6)
+        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if fault["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{where}: required, but not given"
+    return f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+
+
+def _suggest_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,43 @@
+"""Posteriors of all pictures, computed once and kept under a name made of everything they depend on."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.data.dataset import to_tensor
+from diffusion.data.source import Picture, read_pixels
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) -> mean and std (B, C, h, w)
+
+
+def posteriors(
+    pictures: Sequence[Picture], size: int, encode: Encode, encoder_hash: str, folder: Path, batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each picture's posterior, ``(N, C, h, w)`` float32 each.
+
+    The file name hashes the pictures' bytes, the size and the encoder: what is found is never stale.
+    """
+    digest = hashlib.sha256(f"{encoder_hash} {size}".encode())
+    for picture in pictures:
+        digest.update(hashlib.sha256(picture.file.read_bytes()).digest())
+    file = folder / f"latents-{digest.hexdigest()[:32]}.safetensors"
+    if file.is_file():
+        kept = load_file(file)
+        return kept["mean"], kept["std"]
+    means, stds = [], []
+    for start in tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", leave=False):
+        pixels = np.stack([read_pixels(picture.file, size) for picture in pictures[start : start + batch_size]])
+        mean, std = encode(to_tensor(pixels))
+        means.append(mean.float().cpu())
+        stds.append(std.float().cpu())
+    result = {"mean": torch.cat(means), "std": torch.cat(stds)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(result, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+    return result["mean"], result["std"]

@@ -1,0 +1,98 @@
+"""Visits to batches of tensors: pixels for an autoencoder, latents with captions for a denoiser."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion import rng
+from diffusion.data.order import Visit
+from diffusion.data.source import Picture, read_pixels
+
+Batch = dict[str, Tensor]
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """``(B, 3, H, W)`` in [-1, 1] to pictures."""
+    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+@dataclass(kw_only=True)
+class PixelSet:
+    """Square random crops of pictures. Decoded pictures are kept in memory up to ``memory`` bytes."""
+
+    pictures: Sequence[Picture]
+    size: int
+    crop: int
+    seed: int
+    latent_channels: int
+    factor: int  # pixels per latent cell along one side
+    memory: int = 2 << 30
+    _kept: dict[Path, npt.NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, visits: Sequence[Visit]) -> Batch:
+        pictures = [self.pictures[index] for index, _ in visits]
+        ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
+        corners = rng.uniform(self.seed, "crop", ids, numbers, size=2) * (self.size - self.crop + 1)
+        crops = [
+            self._pixels(picture.file)[top : top + self.crop, left : left + self.crop]
+            for picture, (top, left) in zip(pictures, corners.astype(int), strict=True)
+        ]
+        shape = (self.latent_channels, self.crop // self.factor, self.crop // self.factor)
+        return {
+            "pixels": to_tensor(np.stack(crops)),
+            "noise": torch.from_numpy(rng.normal(self.seed, "posterior", ids, numbers, shape=shape)),
+            "id": torch.tensor(ids),
+            "visit": torch.tensor(numbers),
+        }
+
+    def _pixels(self, file: Path) -> npt.NDArray[np.uint8]:
+        if (pixels := self._kept.get(file)) is None:
+            pixels = read_pixels(file, self.size)
+            if len(self._kept) * pixels.nbytes < self.memory:
+                self._kept[file] = pixels
+        return pixels
+
+
+@dataclass(kw_only=True)
+class LatentSet:
+    """Cached posteriors with a caption, a noise and a time drawn anew at every visit."""
+
+    pictures: Sequence[Picture]
+    mean: Tensor  # (N, C, h, w)
+    std: Tensor
+    seed: int
+    caption: Callable[[Picture, int], str]
+    tokenize: Callable[[list[str]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, visits: Sequence[Visit]) -> Batch:
+        index = [index for index, _ in visits]
+        pictures = [self.pictures[i] for i in index]
+        ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
+        shape = self.mean.shape[1:]
+        draw = rng.normal(self.seed, "posterior", ids, numbers, shape=shape)
+        return {
+            "latents": self.mean[index] + self.std[index] * torch.from_numpy(draw),
+            "tokens": self.tokenize([self.caption(p, n) for p, n in zip(pictures, numbers, strict=True)]),
+            "noise": torch.from_numpy(rng.normal(self.seed, "noise", ids, numbers, shape=shape)),
+            "u": torch.from_numpy(rng.uniform(self.seed, "time", ids, numbers, size=1))[:, 0],
+            "id": torch.tensor(ids),
+            "visit": torch.tensor(numbers),
+        }

@@ -1,0 +1,55 @@
+"""Which picture comes when: the sample order as a function of (seed, position), for any number of processes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion import rng
+
+Visit = tuple[int, int]  # (index of the picture, number of this visit to it)
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """An endless sequence of visits in epochs of ``len(weights)``; equal weights visit each picture once an epoch.
+
+    With weights, systematic resampling visits picture i either floor or ceil of ``n * weight_i`` times an epoch.
+    """
+
+    seed: int
+    weights: npt.NDArray[np.float64]
+
+    def visits(self, start: int, stop: int) -> list[Visit]:
+        """The visits at positions start .. stop-1 of the sequence."""
+        size = len(self.weights)
+        pairs = (divmod(position, size) for position in range(start, stop))
+        return [self._epoch(epoch)[offset] for epoch, offset in pairs]
+
+    @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
+    def _epoch(self, epoch: int) -> list[Visit]:
+        size = len(self.weights)
+        shift = rng.uniform(self.seed, "order.shift", epoch, size=1)[0]
+        edges = np.floor(np.cumsum(self.weights) * size + shift + 1e-9).astype(np.int64)
+        edges[-1] = size + int(np.floor(shift))
+        counts = np.diff(edges, prepend=int(np.floor(shift)))
+        index = np.repeat(np.arange(size), counts)
+        repeat = np.arange(size) - np.repeat(np.cumsum(counts) - counts, counts)
+        most = int(np.ceil(size * self.weights.max())) + 1
+        shuffle = rng.permutation(self.seed, "order", epoch, size)
+        return list(zip(index[shuffle].tolist(), (epoch * most + repeat[shuffle]).tolist(), strict=True))
+
+
+def batches(
+    order: Order, first_step: int, steps: int, batch_size: int, micro_batch: int, process: int = 0, processes: int = 1
+) -> Iterator[list[Visit]]:
+    """The micro-batches of one process, in the order they are used.
+
+    Step s is made of positions ``s * batch_size ...`` whoever computes them; they are dealt out micro-batch by
+    micro-batch, first over processes, then over accumulation. ``batch_size`` is a multiple of the other two.
+    """
+    for step in range(first_step, steps):
+        for start in range(step * batch_size + process * micro_batch, (step + 1) * batch_size, micro_batch * processes):
+            yield order.visits(start, start + micro_batch)

@@ -1,0 +1,40 @@
+"""Exponential moving average of weights, in a few fused calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averaged copies of a module's parameters.
+
+    The decay warms up as ``1 - (1 + step)^(-3/4)`` until it reaches its ceiling, so that the random initial weights
+    are forgotten early (the warm-up of k-diffusion and diffusers' ``EMAModel`` with power 3/4).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the module's weights; ``step`` counts the optimizer steps done, from 1."""
+        decay = min(self.decay, 1 - (1 + step) ** -0.75)
+        live = [p for p in module.parameters() if p.requires_grad]
+        torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within the block the module holds the averaged weights; afterwards its own, whatever happened."""
+        live = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
+        for name, parameter in module.named_parameters():
+            if name in live:
+                parameter.data = self.weights[name]
+        try:
+            yield
+        finally:
+            for name, parameter in module.named_parameters():
+                if name in live:
+                    parameter.data = live[name]

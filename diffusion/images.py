@@ -1,0 +1,301 @@
+"""Pictures on disk: names that never collide, writes that are whole or absent, and metadata that travels with the pixels.
+
+An output is a file, a folder or a template. Only a file that was named letter by letter is ever overwritten; a folder
+or a template gets the next free name. ``Image.info`` carries two texts, which every saved picture carries too:
+``parameters``, in the AUTOMATIC1111 format that other tools read, and ``diffusion``, the JSON object that makes the
+same picture again.
+"""
+
+import json
+import math
+import os
+import re
+import string
+import tempfile
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusion.settings import SAMPLERS, SCHEDULES
+
+DEFAULT_FOLDER = "outputs"
+DEFAULT_NAME = "{index:05d}-{seed}-{slug}.png"
+FIELDS = ("index", "seed", "slug")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+TEXTS = ("parameters", "diffusion")
+MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
+SLUG_BYTES = 80
+EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
+# The pattern by which the ecosystem's readers take the last line of ``parameters`` apart.
+PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+class Output(NamedTuple):
+    """Where pictures go: a format string over FIELDS; ``named`` when it is one file that the user named exactly."""
+
+    template: str
+    named: bool
+
+
+def parse_output(output: str | os.PathLike[str] | None = None) -> Output:
+    """Read a file, a folder (existing, with a trailing slash, or without an extension) or a template as an Output.
+
+    ``None`` is the folder ``outputs``. Raises ValueError for an unknown template field or picture format.
+    """
+    text = DEFAULT_FOLDER + "/" if output is None else os.fspath(output)
+    if not text or "\0" in text:
+        raise ValueError(f"output {text!r} is not a path: name a file, a folder or a template")
+    if os.path.isdir(text):
+        return Output(f"{_escape(text.rstrip('/'))}/{DEFAULT_NAME}", named=False)
+    if os.path.isfile(text):
+        text = _escape(text)
+    fields, suffix = _template_fields(text), Path(text).suffix
+    if text.endswith("/") or not suffix:
+        return Output(f"{text.rstrip('/')}/{DEFAULT_NAME}", named=False)
+    if suffix.lower() not in FORMATS:
+        raise ValueError(f"output {text!r} must end in one of {', '.join(FORMATS)}, or be a folder ending in '/'")
+    return Output(text, named=not fields)
+
+
+def check_output(output: Output, count: int, seed: int, slug: str) -> None:
+    """Fail before any work is spent: raises ValueError when ``count`` pictures cannot be written there.
+
+    The folder is made, and a file is created and removed in it: permission bits alone do not tell of read-only mounts.
+    """
+    path = render(output, index=1, seed=seed, slug=slug)
+    if output.named and count > 1:
+        raise ValueError(
+            f"output {path} names one file, but {count} pictures were asked for: "
+            f"give a folder, or a template such as {path.stem}-{{index}}{path.suffix}"
+        )
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: end it in '/' to put pictures into it")
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ValueError(f"output name {path.name[:40]}... is longer than {MAX_NAME_BYTES} bytes: give a shorter one")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".diffusion-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"output folder {path.parent} is not writable ({reason}): choose another --output") from None
+
+
+def render(output: Output, *, index: int, seed: int, slug: str) -> Path:
+    """The path that the template gives for one picture, whether or not it exists."""
+    return Path(output.template.format(index=index, seed=seed, slug=slug))
+
+
+def slugify(prompt: str, limit: int = SLUG_BYTES) -> str:
+    """A prompt as part of a file name: lower-case words of any script joined by ``-``, at most ``limit`` UTF-8 bytes."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    text = "-".join(words).encode("utf-8", "ignore")[:limit].decode("utf-8", "ignore")
+    return text.rstrip("-") or "picture"
+
+
+def save_image(
+    image: Image.Image,
+    output: Output | str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    slug: str = "picture",
+    metadata: bool = True,
+) -> Path:
+    """Write one picture, with the texts of its ``info`` unless ``metadata`` is false, and return where it went.
+
+    The file appears whole or not at all. Names that are taken are passed over, but for a file named exactly.
+    """
+    output = output if isinstance(output, Output) else parse_output(output)
+    path = render(output, index=next_index(output, seed=seed, slug=slug), seed=seed, slug=slug)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".diffusion-")
+    staged = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            _encode(image, stream, FORMATS[path.suffix.lower()], texts_of(image) if metadata else {})
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(staged, 0o666 & ~_umask())
+        if output.named:
+            os.replace(staged, path)
+            return path
+        return _place(staged, output, seed, slug)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def next_index(output: Output, *, seed: int, slug: str) -> int:
+    """One more than the highest index that the folder holds, so that a removed picture's number is not given again."""
+    folder, pattern = render(output, index=1, seed=seed, slug=slug).parent, _index_pattern(output)
+    if pattern is None or not folder.is_dir():
+        return 1
+    taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.match(entry.name))]
+    return max(taken, default=0) + 1
+
+
+def texts_of(image: Image.Image) -> dict[str, str]:
+    """The two metadata texts that a picture carries, as far as it has them."""
+    return {key: image.info[key] for key in TEXTS if isinstance(image.info.get(key), str)}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a picture says about itself: ``{"parameters": text, "diffusion": dict}``, either absent where it has none.
+
+    Raises ValueError when the file is no PNG, JPEG or WebP picture.
+    """
+    try:
+        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            texts = texts_of(image) if image.format == "PNG" else _exif_texts(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+    found: dict[str, Any] = dict(texts)
+    try:
+        found["diffusion"] = json.loads(texts["diffusion"])
+    except (KeyError, json.JSONDecodeError):
+        found.pop("diffusion", None)  # another program's text under our key is not ours to read
+    return found
+
+
+def metadata_texts(made: Mapping[str, Any]) -> dict[str, str]:
+    """The two texts of a picture from the one mapping that says how it was made (see ``pipeline``)."""
+    return {"parameters": format_parameters(made), "diffusion": json.dumps(made, ensure_ascii=True, allow_nan=False)}
+
+
+def format_parameters(made: Mapping[str, Any]) -> str:
+    """The AUTOMATIC1111 text: the prompt, the negative prompt where there is one, and one line of ``Key: value``."""
+    values = {
+        "Steps": made["steps"],
+        "Sampler": SAMPLERS.get(made["sampler"], made["sampler"]),
+        "Schedule type": SCHEDULES.get(made["schedule"], made["schedule"]),
+        "CFG scale": f"{made['guidance_scale']:g}",
+        "Seed": made["seed"],
+        "Size": f"{made['width']}x{made['height']}",
+        "Model hash": made["model_hash"],
+        "Model": made["model"],
+        "RNG": "CPU",
+        "Version": f"diffusion {made['version']}",
+    }
+    negative = [f"Negative prompt: {made['negative_prompt']}"] if made["negative_prompt"] else []
+    line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in values.items())
+    return "\n".join([made["prompt"], *negative, line])
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """An AUTOMATIC1111 text taken apart: ``prompt``, ``negative_prompt`` and the keys of its last line as written."""
+    *lines, last = text.strip().split("\n")
+    pairs = PARAMETER.findall(last)
+    if len(pairs) < 3:  # then the last line is prompt too
+        lines, pairs = [*lines, last], []
+    start = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
+    return {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative} | {k: _unquote(v) for k, v in pairs}
+
+
+def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """One RGB sheet of equal cells, row by row on white, as near to square as may be unless ``columns`` is given."""
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    across = min(columns if columns is not None else math.ceil(math.sqrt(len(images))), len(images))
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (across * width, math.ceil(len(images) / across) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % across * width, i // across * height))
+    return sheet
+
+
+def _template_fields(text: str) -> list[str]:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+        unknown = [field for field in fields if field not in FIELDS]
+        if not unknown:
+            text.format(index=1, seed=1, slug="a")  # a wrong format specification shows here
+    except ValueError as error:
+        raise ValueError(f"output template {text!r}: {error}; write {{{{ for a plain brace") from None
+    if unknown:
+        known = ", ".join(f"{{{field}}}" for field in FIELDS)
+        raise ValueError(f"output template {text!r}: unknown field {{{unknown[0]}}}; the fields are {known}")
+    return fields
+
+
+def _index_pattern(output: Output) -> re.Pattern[str] | None:
+    """What a file name of this template begins with, up to its index; None where the name holds no index."""
+    pattern = ""
+    for text, field, _, _ in string.Formatter().parse(Path(output.template).name):
+        pattern += re.escape(text)
+        if field == "index":
+            return re.compile(pattern + r"(\d+)")
+        pattern += {"seed": r"\d+", "slug": r".*?"}.get(field or "", "")
+    return None
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _place(staged: Path, output: Output, seed: int, slug: str) -> Path:
+    """Give the staged file the first free name. A hard link fails where a rename would overwrite."""
+    counts = "index" in _template_fields(output.template)
+    index, copy = next_index(output, seed=seed, slug=slug), 1
+    while True:
+        path = render(output, index=index, seed=seed, slug=slug)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if copy > 1:
+            path = path.with_name(f"{path.stem}-{copy}{path.suffix}")
+        try:
+            os.link(staged, path)
+            return path
+        except FileExistsError:  # taken, perhaps by another process since we looked
+            index, copy = (index + 1, copy) if counts else (index, copy + 1)
+        except OSError:  # a file system without hard links
+            path.open("xb").close()
+            os.replace(staged, path)
+            return path
+
+
+def _encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str]) -> None:
+    if format == "PNG":
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        image.save(stream, format, pnginfo=info)
+        return
+    exif = Image.Exif()
+    if "parameters" in texts:  # EXIF 2.3: an 8-byte character code, then the text
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")
+    if "diffusion" in texts:
+        exif[IMAGE_DESCRIPTION] = texts["diffusion"]
+    image.convert("RGB").save(stream, format, quality=95, exif=exif)
+
+
+def _exif_texts(image: Image.Image) -> dict[str, str]:
+    exif = image.getexif()
+    comment, description = exif.get_ifd(EXIF_IFD).get(USER_COMMENT), exif.get(IMAGE_DESCRIPTION)
+    texts = {}
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        texts["parameters"] = comment[8:].decode("utf-16-be", "replace")
+    if isinstance(description, str):
+        texts["diffusion"] = description
+    return texts
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+
+
+def _unquote(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value.strip()
+    except json.JSONDecodeError:
+        return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,178 @@
+"""One model folder: the diffusers layout plus ``recipe.json``, read and written here.
+
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  recipe.json
+
+What train writes, generate reads with no flags, and ``StableDiffusionPipeline.from_pretrained`` reads too.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffusion import schedules
+from diffusion.models.text import load_tokenizer
+from diffusion.schedules import DiscreteSchedule
+
+_BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """``recipe.json``: how a model likes to be sampled, and what it was made of."""
+
+    width: int = 512
+    height: int = 512
+    steps: int = 30
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    schedule: str = "trailing"
+    trained_on: str = ""
+    prompts: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Forward:
+    """The forward process and the prediction type, in the words of ``scheduler_config.json``."""
+
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    prediction: str = "epsilon"
+
+    def schedule(self) -> DiscreteSchedule:
+        """The levels that this process passes through."""
+        if self.beta_schedule == "cosine":
+            betas = schedules.cosine_betas(self.num_train_timesteps)
+        else:
+            make = schedules.linear_betas if self.beta_schedule == "linear" else schedules.scaled_linear_betas
+            betas = make(self.num_train_timesteps, self.beta_start, self.beta_end)
+        return DiscreteSchedule(schedules.rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """A ``scheduler_config.json`` for ``DDIMScheduler`` that walks our ``trailing`` grid."""
+        return {
+            "_class_name": "DDIMScheduler",
+            "beta_schedule": _BETAS[self.beta_schedule],
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "num_train_timesteps": self.num_train_timesteps,
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
+            "prediction_type": self.prediction,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+        }
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> "Forward":
+        """Read a ``scheduler_config.json``; a key that is absent has the meaning diffusers gives to its absence."""
+        names = {theirs: ours for ours, theirs in _BETAS.items()}
+        beta_schedule = config.get("beta_schedule", "linear")
+        if beta_schedule not in names or config.get("trained_betas") is not None:
+            raise ValueError(f"scheduler_config.json: beta_schedule {beta_schedule!r} is not one of {', '.join(names)}")
+        return cls(
+            beta_schedule=names[beta_schedule],
+            beta_start=config.get("beta_start", 0.0001),
+            beta_end=config.get("beta_end", 0.02),
+            num_train_timesteps=config.get("num_train_timesteps", 1000),
+            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+            prediction=config.get("prediction_type", "epsilon"),
+        )
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The parts of a loaded model."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    forward: Forward
+    recipe: Recipe
+    path: Path | None = None
+
+    @property
+    def prediction(self) -> str:
+        return self.forward.prediction
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        return self.forward.schedule()
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Read a model folder. ``ValueError`` names the part that is missing."""
+    path = Path(path)
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (path / part).is_dir():
+            raise ValueError(f"{path} is not a model folder: it has no {part}/")
+    recipe = read_recipe(path)
+    return Model(
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True).eval().to(device),
+        unet=_load(UNet2DConditionModel, path / "unet", dtype).to(device),
+        vae=load_vae(path, dtype).to(device),
+        forward=Forward.from_diffusers(json.loads((path / "scheduler" / "scheduler_config.json").read_text())),
+        recipe=recipe,
+        path=path,
+    )
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Only the autoencoder of a model folder."""
+    if not (Path(path) / "vae").is_dir():
+        raise ValueError(f"{path} has no vae/: name a model folder, or train one with configs/emoji_autoencoder.yaml")
+    return _load(AutoencoderKL, Path(path) / "vae", dtype)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The generation defaults of a model folder, without loading the model; a foreign folder gets plain defaults."""
+    file = Path(path) / "recipe.json"
+    if file.is_file():
+        known = {item.name for item in fields(Recipe)}
+        return Recipe(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+    unet = json.loads((Path(path) / "unet" / "config.json").read_text())
+    vae = json.loads((Path(path) / "vae" / "config.json").read_text())
+    side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return Recipe(width=side, height=side)
+
+
+def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder; ``dtype`` is that of the stored weights (None: as they are). The model itself is not changed."""
+    path = Path(path)
+    for name in ("vae", "unet", "text_encoder"):
+        save_network(getattr(model, name), path / name, dtype)
+    model.tokenizer.save_pretrained(path / "tokenizer")
+    _write_json(path / "scheduler" / "scheduler_config.json", model.forward.to_diffusers())
+    _write_json(path / "recipe.json", asdict(model.recipe))
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    _write_json(path / "model_index.json", index | {"requires_safety_checker": False})
+
+
+def save_network(network: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """One network as ``config.json`` and safetensors, stored in ``dtype``."""
+    stored = network if dtype is None else copy.deepcopy(network).to(dtype)
+    stored.save_pretrained(folder, safe_serialization=True)
+
+
+def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""Build the networks from plain keyword arguments, and put an autoencoder's latents on the unit scale."""
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def build_autoencoder(arguments: dict[str, Any]) -> AutoencoderKL:
+    """A new ``AutoencoderKL``: pictures ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, H/f, W/f)``."""
+    return _build(AutoencoderKL, arguments)
+
+
+def build_unet(arguments: dict[str, Any]) -> UNet2DConditionModel:
+    """A new ``UNet2DConditionModel``."""
+    return _build(UNet2DConditionModel, arguments)
+
+
+def build_text_encoder(arguments: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A new CLIP text encoder that fits the tokenizer: vocabulary, length and marker tokens are taken from it."""
+    fitted = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(_build(CLIPTextConfig, {**fitted, **arguments}))
+
+
+def spatial_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Fold ``(z - mean) / std`` per latent channel, shape ``(C,)`` each, into the convolutions around the latents.
+
+    The round trip is unchanged, and one ``scaling_factor`` of 1 is all that a stock pipeline has to know.
+    ``quant_conv`` puts out C means and C log-variances; ``post_quant_conv`` takes the latent back.
+    """
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()
+    post.bias += (post.weight[:, :, 0, 0] * mean).sum(dim=1)
+    post.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+
+
+def _build(cls: type, arguments: dict[str, Any]) -> Any:
+    """``cls(**arguments)``, where an unknown argument is a ``ValueError`` with a suggestion instead of being ignored."""
+    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 1)
+            raise ValueError(f"{cls.__name__} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return cls(**arguments)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in module.parameters())

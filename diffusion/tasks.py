@@ -1,0 +1,226 @@
+"""What can be trained: each task is a choice of trainable parameters and a loss, never another loop."""
+
+import copy
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion import objectives
+from diffusion.config import Config, Loss
+from diffusion.data import cache
+from diffusion.data.captions import choose_caption
+from diffusion.data.dataset import Batch, LatentSet, PixelSet, to_images, to_tensor
+from diffusion.data.source import Picture, read_pixels
+from diffusion.models import folder, networks, text
+from diffusion.models.folder import Forward, Model, Recipe
+
+
+class Task(Protocol):
+    """What the loop needs to know of a task."""
+
+    module: nn.Module  # trained; module(batch) gives one loss a sample, shape (B,)
+    dataset: Any  # visits -> batch
+
+    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Write what was trained as a model folder."""
+
+    def samples(self) -> list[Image.Image]:
+        """Pictures that show how far it is, the same ones each time."""
+
+
+def build(config: Config, pictures: list[Picture], device: torch.device) -> Task:
+    """The task that the config names, with new weights drawn from the run's seed."""
+    torch.manual_seed(config.seed)
+    return {"autoencoder": AutoencoderTask, "text_to_image": TextToImageTask}[config.task](config, pictures, device)
+
+
+# --- autoencoder ------------------------------------------------------------------------------------------------------
+
+
+class ReconstructionLoss(nn.Module):
+    """KL-regularised reconstruction (Kingma & Welling 1312.6114; Rombach et al. 2112.10752, without the critic)."""
+
+    def __init__(self, vae: Any, weights: Loss) -> None:
+        super().__init__()
+        self.vae, self.weights = vae, weights
+
+    def forward(self, batch: Batch) -> Tensor:
+        w, x = self.weights, batch["pixels"].contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        latents = posterior.mean + posterior.std * batch["noise"]
+        error = (self.vae.decode(latents).sample - x).float()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+        return (
+            w.l1 * _mean(error.abs())
+            + w.mse * _mean(error.square())
+            + w.gradient * (_mean(error.diff(dim=3).abs()) + _mean(error.diff(dim=2).abs()))
+            + w.kl * _mean(kl.float())
+        )
+
+
+class AutoencoderTask:
+    """Trains an ``AutoencoderKL`` on crops; what it saves has latents of zero mean and unit variance a channel."""
+
+    def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
+        if config.model.vae is None:
+            raise ValueError("task autoencoder needs model.vae, the arguments of the AutoencoderKL to build")
+        self.size = config.data.size
+        self.pictures = pictures
+        self.vae = networks.build_autoencoder(config.model.vae).to(device, memory_format=torch.channels_last)
+        self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
+        self.dataset = PixelSet(
+            pictures=pictures,
+            size=config.data.size,
+            crop=config.data.size if config.data.crop is None else config.data.crop,
+            seed=config.seed,
+            latent_channels=self.vae.config.latent_channels,
+            factor=networks.spatial_factor(self.vae),
+        )
+
+    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        vae = copy.deepcopy(self.vae).float()
+        latents = torch.cat([encode_pixels(vae, pixels)[0] for pixels in self._some(512).split(32)])
+        networks.normalize_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+        folder.save_network(vae, path / "vae", dtype)
+
+    def samples(self) -> list[Image.Image]:
+        """Pairs of a picture and its reconstruction."""
+        pixels = self._some(16)
+        with torch.inference_mode():
+            decoded = self.vae.decode(encode_pixels(self.vae, pixels)[0]).sample.cpu()
+        return to_images(torch.stack([pixels, decoded], dim=1).flatten(0, 1))
+
+    def _some(self, count: int) -> Tensor:
+        """At most ``count`` pictures, evenly spaced over the set."""
+        chosen = self.pictures[:: max(1, len(self.pictures) // count)][:count]
+        return to_tensor(np.stack([read_pixels(picture.file, self.size) for picture in chosen]))
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(B, C, h, w)`` of the posterior of pixels ``(B, 3, H, W)``."""
+    posterior = vae.encode(pixels.to(vae.device)).latent_dist
+    return posterior.mean, posterior.std
+
+
+# --- text to image ----------------------------------------------------------------------------------------------------
+
+
+class DenoisingLoss(nn.Module):
+    """The squared error of the prediction at a drawn time, weighted (Ho et al. 2006.11239, eq. 14 and its kin)."""
+
+    def __init__(self, unet: Any, text_encoder: Any, forward_process: Forward, weights: Loss) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        self.schedule, self.prediction, self.weights = forward_process.schedule(), forward_process.prediction, weights
+
+    def forward(self, batch: Batch) -> Tensor:
+        # forward process: a time for each sample, and the picture at that time
+        w, x0, eps = self.weights, batch["latents"], batch["noise"]
+        u = objectives.unit_time(w.density, batch["u"], w.density_mean, w.density_std)
+        t = self.schedule.time_from_unit(u)
+        alpha, sigma = (level.float().view(-1, 1, 1, 1) for level in self.schedule.level_at(t))
+        x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+
+        # prediction
+        context = text.encode(self.text_encoder, batch["tokens"])
+        output = self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0].float()
+
+        # weighted squared error
+        error = (output - objectives.target(self.prediction, x0, eps, alpha, sigma)).square()
+        return _mean(error) * objectives.loss_weight(w.weighting, self.prediction, alpha, sigma, w.gamma).flatten()
+
+
+class TextToImageTask:
+    """Trains a U-Net, and a text encoder where one is built anew, on the latents of a finished autoencoder."""
+
+    def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
+        self.config = config
+        self.model = _assemble(config, pictures)
+        self.model.vae.to(device).requires_grad_(False)
+        self.model.unet.to(device, memory_format=torch.channels_last).train()
+        self.model.text_encoder.to(device).train().requires_grad_(config.model.text_encoder is not None)
+        if config.train.compile:
+            self.model.unet.compile()
+        self.module: nn.Module = DenoisingLoss(self.model.unet, self.model.text_encoder, self.model.forward, config.loss)
+        mean, std = self._cached(pictures)
+        scale = self.model.vae.config.scaling_factor
+        self.dataset = LatentSet(
+            pictures=pictures,
+            mean=(mean - (self.model.vae.config.shift_factor or 0)) * scale,
+            std=std * scale,
+            seed=config.seed,
+            caption=self._caption,
+            tokenize=partial(text.tokenize, self.model.tokenizer),
+        )
+
+    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        folder.save_model(self.model, path, dtype)
+
+    def samples(self) -> list[Image.Image]:
+        from diffusion.pipeline import TextToImage
+
+        self.module.eval()
+        recipe = self.config.recipe
+        prompts = recipe.prompts or [picture.text for picture in self.dataset.pictures[:: -(-len(self.dataset) // 16)]]
+        images = TextToImage(self.model)(prompts, seed=0)
+        self.module.train()
+        return images
+
+    def _caption(self, picture: Picture, visit: int) -> str:
+        c = self.config.data.captions
+        return choose_caption(picture, visit, self.config.seed, self._fits, c.dropout, c.keywords, c.fillers)
+
+    def _fits(self, caption: str) -> bool:
+        return len(self.model.tokenizer(caption).input_ids) <= self.model.tokenizer.model_max_length
+
+    def _cached(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+        vae = self.model.vae
+        digest = hashlib.sha256(str(sorted(vae.config.items())).encode())
+        for name, weight in vae.state_dict().items():
+            digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        shelf = Path(self.config.output) / "cache"
+        return cache.posteriors(pictures, self.config.data.size, partial(encode_pixels, vae), digest.hexdigest(), shelf)
+
+
+def _assemble(config: Config, pictures: list[Picture]) -> Model:
+    """The parts that the config describes are built, the others are read from ``model.base``."""
+    m, r = config.model, config.recipe
+    recipe = Recipe(
+        width=config.data.size,
+        height=config.data.size,
+        steps=r.steps,
+        guidance_scale=r.guidance_scale,
+        sampler=r.sampler,
+        schedule=r.schedule,
+        trained_on=f"{len(pictures)} pictures of {config.data.path}",
+        prompts=r.prompts,
+    )
+    if m.base is not None:
+        model = folder.load_model(m.base)
+        model.recipe = recipe
+        return model
+    if m.autoencoder is None or m.tokenizer is None or m.text_encoder is None or m.unet is None:
+        raise ValueError("from scratch, text_to_image needs model.autoencoder, model.tokenizer, model.text_encoder and model.unet")
+    captions = {caption for picture in pictures for caption in (picture.text, *picture.keywords)}
+    captions |= set(config.data.captions.fillers)
+    tokenizer = text.train_tokenizer(captions, m.tokenizer.vocab_size, m.tokenizer.max_length, config.folder / "tokenizer")
+    return Model(
+        tokenizer=tokenizer,
+        text_encoder=networks.build_text_encoder(m.text_encoder, tokenizer),
+        unet=networks.build_unet(m.unet),
+        vae=folder.load_vae(m.autoencoder),
+        forward=Forward(beta_schedule=m.beta_schedule, zero_terminal_snr=m.zero_terminal_snr, prediction=m.prediction),
+        recipe=recipe,
+    )
+
+
+def _mean(error: Tensor) -> Tensor:
+    """The mean over everything but the batch, shape ``(B,)``."""
+    return error.flatten(1).mean(dim=1)

@@ -1,0 +1,285 @@
+"""The one training loop, on one process or many; the only module that knows Accelerate."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffusion import checkpoint, config as configs, tasks
+from diffusion.checkpoint import Checkpoint
+from diffusion.config import Config, Train
+from diffusion.data.order import Order, batches
+from diffusion.data.source import group_weights, read_folder
+from diffusion.ema import Ema
+from diffusion.images import make_grid
+from diffusion.precision import fast_dtype
+
+PRECISION = {torch.bfloat16: "bf16", torch.float32: "no"}
+
+
+def train(config: Config, *, quiet: bool = False) -> Path:
+    """Train what the config says, or go on where the run of that name stopped. Returns the model folder.
+
+    Killed at any instant and started again, the run ends with the weights of a run that was never stopped: all
+    randomness is a function of (seed, sample, visit), and checkpoints are whole or absent.
+    """
+    accelerator = _accelerator(config.train)
+    micro_batch = _micro_batch(config.train, accelerator.num_processes)
+    pictures = read_folder(config.data.path, "train", config.data.balance)
+    task = tasks.build(config, pictures, accelerator.device)
+    module, optimizer = accelerator.prepare(task.module, _optimizer(task.module, config.train))
+    ema = Ema(task.module, config.train.ema)
+    run = Run(config, task, accelerator, optimizer, ema)
+    first = run.resume()
+
+    order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
+    plan = (config.train.batch_size, micro_batch, accelerator.process_index, accelerator.num_processes)
+    loader = iter(DataLoader(task.dataset, batch_sampler=batches(order, first, config.train.steps, *plan), collate_fn=dict,
+                             num_workers=config.train.workers))  # fmt: skip
+    accumulation = config.train.batch_size // (micro_batch * accelerator.num_processes)
+    trainable = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+    module.train()
+
+    for step in run.steps(first, quiet or not accelerator.is_main_process):
+        # learning rate, in optimizer steps whatever the number of processes
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.train, step)
+
+        # gradients: the mean over the whole batch, however it is split
+        loss = torch.zeros((), device=accelerator.device)
+        for micro in range(accumulation):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in next(loader).items()}
+            last = micro == accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
+                share = module(batch).mean() / accumulation
+            accelerator.backward(share)
+            loss += share.detach()
+
+        # update, unless it would spread a NaN over the weights
+        norm = accelerator.clip_grad_norm_(trainable, config.train.clip if config.train.clip > 0 else math.inf)
+        run.check_finite(step, loss, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if config.train.ema > 0:
+            ema.update(task.module, step + 1)
+        run.finish_step(step, loss, norm)
+
+    return run.finish()
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Linear warm-up to the peak, then constant, a half cosine or a line to zero at the last step."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    done = (step - train.warmup) / max(1, train.steps - train.warmup)
+    shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+    return train.lr * shape[train.lr_schedule]
+
+
+@dataclass
+class Run:
+    """A run's folder: what is read when it starts, and written while it goes."""
+
+    config: Config
+    task: tasks.Task
+    accelerator: Accelerator
+    optimizer: Any
+    ema: Ema
+
+    def __post_init__(self) -> None:
+        self.folder = self.config.folder
+        self.stop = False
+        self.saved_at = self.logged_at = time.monotonic()
+        self.losses: list[Tensor] = []
+        self.checkpointed = -1
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
+
+    # --- beginning and end
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one. Returns the step to go on with."""
+        path = checkpoint.latest(self.folder / "checkpoints")
+        if path is None:
+            return 0
+        found = checkpoint.read(path)
+        self.task.module.load_state_dict(dict(found.tensors["weights"]))
+        for name, weight in self.ema.weights.items():
+            weight.copy_(found.tensors["ema"][name])
+        _load_optimizer(self.optimizer, self.task.module, found.tensors["optimizer"])
+        self.checkpointed = found.state["step"]
+        self._trim_metrics(self.checkpointed)
+        self._say(f"resuming {self.folder} at step {self.checkpointed}")
+        return self.checkpointed
+
+    def steps(self, first: int, quiet: bool) -> Iterator[int]:
+        """The steps to do, with a progress bar; ends early, at a step's end, on SIGTERM or Ctrl-C."""
+        total = self.config.train.steps
+        with _signals(self._interrupt), tqdm(total=total, initial=first, unit="step", disable=quiet, smoothing=0.02) as self.bar:
+            for step in range(first, total):
+                yield step
+                self.bar.update()
+                if self._any(self.stop):
+                    self.save(step + 1)
+                    self._say(f"stopped after step {step + 1}; the same command goes on from there")
+                    raise KeyboardInterrupt
+        self.save(total)
+
+    def finish(self) -> Path:
+        """Write the model folder and its last samples."""
+        if self.accelerator.is_main_process:
+            self.export(self.config.train.steps)
+        self.accelerator.wait_for_everyone()
+        return self.folder / "model"
+
+    # --- after each step
+
+    def check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Stop before the update if the loss or the gradient is not finite, with the state as it was saved."""
+        finite = bool(torch.isfinite(loss)) and (norm is None or bool(torch.isfinite(norm)))
+        if self._any(not finite):
+            self.save(step)
+            raise FloatingPointError(
+                f"step {step}: the loss or its gradient is not finite; nothing was updated, and {self.folder} holds the "
+                "state before it. Lower train.lr, or set train.precision=fp32"
+            )
+
+    def finish_step(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        t, done = self.config.train, step + 1
+        self.losses.append(loss)
+        if done % t.log_every == 0:
+            self._log(done, norm)
+        if t.sample_every and done % t.sample_every == 0 and done < t.steps and self.accelerator.is_main_process:
+            self.export(done)
+        if self._any(time.monotonic() - self.saved_at > 60 * t.checkpoint_minutes):
+            self.save(done)
+
+    def save(self, step: int) -> None:
+        """A checkpoint of the state after ``step`` optimizer steps."""
+        if step == self.checkpointed:
+            return
+        if self.accelerator.is_main_process:
+            groups = {
+                "weights": self.task.module.state_dict(),
+                "ema": self.ema.weights,
+                "optimizer": _optimizer_state(self.optimizer, self.task.module),
+            }
+            state = Checkpoint(groups, {"step": step})
+            checkpoint.write(self.folder / "checkpoints", step, state, self.config.train.keep_last)
+        self.accelerator.wait_for_everyone()
+        self.saved_at, self.checkpointed = time.monotonic(), step
+
+    def export(self, step: int) -> None:
+        """The model folder and a sample grid, from the averaged weights."""
+        with self.ema.applied(self.task.module) if self.config.train.ema > 0 else nullcontext():
+            self.task.save(self.folder / "model", torch.bfloat16)
+            images = self.task.samples()
+        (self.folder / "samples").mkdir(exist_ok=True)
+        make_grid(images, columns=8).save(self.folder / "samples" / f"step-{step:08d}.png")
+
+    # --- small print
+
+    def _log(self, done: int, norm: Tensor | None) -> None:
+        now, t = time.monotonic(), self.config.train
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        rate = len(self.losses) * t.batch_size / (now - self.logged_at)
+        self.losses, self.logged_at = [], now
+        row = {"step": done, "loss": loss, "lr": learning_rate(t, done - 1), "images_per_second": round(rate, 2)}
+        row |= {"grad_norm": norm.item()} if norm is not None else {}
+        self.bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{rate:.1f}")
+        if self.accelerator.is_main_process:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _trim_metrics(self, step: int) -> None:
+        """Drop the lines written after the checkpoint: those steps are done again."""
+        file = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and file.is_file():
+            rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in rows if json.loads(line)["step"] <= step]
+            file.write_text("".join(kept), encoding="utf-8")
+
+    def _interrupt(self) -> None:
+        self.stop = True
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: all of them then act alike."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr)
+
+
+def _accelerator(train: Train) -> Accelerator:
+    device = PartialState().device
+    precision = PRECISION[fast_dtype(device)] if train.precision == "auto" else train.precision.replace("fp32", "no")
+    if device.type == "cpu" and precision == "fp16":
+        raise ValueError("train.precision fp16 is slow and wrong on the CPU: use auto, bf16 or fp32")
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+
+
+def _micro_batch(train: Train, processes: int) -> int:
+    micro = train.batch_size // processes if train.micro_batch is None else train.micro_batch
+    if micro < 1 or train.batch_size % (micro * processes):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} cannot be split into {processes} processes x micro-batches of {micro}: "
+            f"choose a multiple of {max(1, micro) * processes}"
+        )
+    return micro
+
+
+def _optimizer(module: nn.Module, train: Train) -> torch.optim.Optimizer:
+    """AdamW (1711.05101), fused; weight decay on matrices and kernels only."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(train.betas[0], train.betas[1]), fused=True)
+
+
+def _optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
+    """AdamW's moments and step counts under ``<parameter>.<name>``: the format knows no parameter order."""
+    state = optimizer.state
+    return {f"{n}.{key}": value for n, p in module.named_parameters() if p in state for key, value in state[p].items()}
+
+
+def _load_optimizer(optimizer: Any, module: nn.Module, tensors: Any) -> None:
+    for name, parameter in module.named_parameters():
+        if f"{name}.step" in tensors:
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+
+
+@contextmanager
+def _signals(handler: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C call the handler instead of ending the process; a second Ctrl-C ends it at once."""
+
+    def handle(number: int, _frame: Any) -> None:
+        handler()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
