@@ -15,10 +15,12 @@ from diffusion import objectives
 from diffusion.config import Config, Loss
 from diffusion.data import cache
 from diffusion.data.captions import choose_caption
-from diffusion.data.dataset import Batch, LatentSet, PixelSet, to_images, to_tensor
+from diffusion.data.dataset import Batch, LatentSet, PixelSet, to_tensor
 from diffusion.data.source import Picture, read_pixels
 from diffusion.models import folder, networks, text
 from diffusion.models.folder import Forward, Model, Recipe
+from diffusion.models.group_norm import speed_up_group_norm
+from diffusion.pipeline import TextToImage
 
 
 class Task(Protocol):
@@ -73,6 +75,7 @@ class AutoencoderTask:
         self.size = config.data.size
         self.pictures = pictures
         self.vae = networks.build_autoencoder(config.model.vae).to(device, memory_format=torch.channels_last)
+        speed_up_group_norm(self.vae)
         self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
         self.dataset = PixelSet(
             pictures=pictures,
@@ -94,7 +97,7 @@ class AutoencoderTask:
         pixels = self._some(16)
         with torch.inference_mode():
             decoded = self.vae.decode(encode_pixels(self.vae, pixels)[0]).sample.cpu()
-        return to_images(torch.stack([pixels, decoded], dim=1).flatten(0, 1))
+        return networks.to_images(torch.stack([pixels, decoded], dim=1).flatten(0, 1))
 
     def _some(self, count: int) -> Tensor:
         """At most ``count`` pictures, evenly spaced over the set."""
@@ -146,6 +149,7 @@ class TextToImageTask:
         self.model.vae.to(device).requires_grad_(False)
         self.model.unet.to(device, memory_format=torch.channels_last).train()
         self.model.text_encoder.to(device).train().requires_grad_(config.model.text_encoder is not None)
+        speed_up_group_norm(self.model.unet)
         if config.train.compile:
             self.model.unet.compile()
         self.module: nn.Module = DenoisingLoss(self.model.unet, self.model.text_encoder, self.model.forward, config.loss)
@@ -164,8 +168,6 @@ class TextToImageTask:
         folder.save_model(self.model, path, dtype)
 
     def samples(self) -> list[Image.Image]:
-        from diffusion.pipeline import TextToImage
-
         self.module.eval()
         recipe = self.config.recipe
         prompts = recipe.prompts or [picture.text for picture in self.dataset.pictures[:: -(-len(self.dataset) // 16)]]

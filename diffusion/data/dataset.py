@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffusion import rng
@@ -15,12 +14,6 @@ from diffusion.data.order import Visit
 from diffusion.data.source import Picture, read_pixels
 
 Batch = dict[str, Tensor]
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """``(B, 3, H, W)`` in [-1, 1] to pictures."""
-    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:

@@ -163,6 +163,22 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
     _write_json(path / "model_index.json", index | {"requires_safety_checker": False})
 
 
+def stock_pipeline(model: Model) -> Any:
+    """The same networks in diffusers' own ``StableDiffusionPipeline``."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline  # slow to import, and rarely needed
+
+    return StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=DDIMScheduler.from_config(model.forward.to_diffusers()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def save_network(network: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """One network as ``config.json`` and safetensors, stored in ``dtype``."""
     stored = network if dtype is None else copy.deepcopy(network).to(dtype)

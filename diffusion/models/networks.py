@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -36,6 +37,23 @@ def build_text_encoder(arguments: dict[str, Any], tokenizer: CLIPTokenizer) -> C
 def spatial_factor(vae: AutoencoderKL) -> int:
     """Pixels per latent cell along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Pictures from latents ``(B, C, h, w)`` as the U-Net sees them. FloatingPointError if they are not finite."""
+    shift = vae.config.shift_factor
+    raw = latents / vae.config.scaling_factor + (0.0 if shift is None else shift)
+    pixels = torch.cat([vae.decode(one.to(vae.dtype)).sample for one in raw.split(1)])
+    if not torch.isfinite(pixels).all():
+        raise FloatingPointError("the autoencoder put out numbers that are not finite: try --dtype fp32")
+    return to_images(pixels)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """``(B, 3, H, W)`` in [-1, 1] to pictures."""
+    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""``diffusion evaluate MODEL``: print how well a model draws what it is asked for."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, measure, print; exit code 0, or 2 for a request that cannot be met."""
+    parser = argparse.ArgumentParser(prog="diffusion evaluate", description=__doc__)
+    parser.add_argument("model", nargs="?", default="emoji", help="model folder or name (default: emoji)")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="image folder with a held_out split")
+    parser.add_argument("--paraphrases", type=Path, default=Path("assets/emoji/paraphrases.jsonl"), help="JSON lines of prompt and text")
+    parser.add_argument("--count", type=int, default=200, help="training captions to ask")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture and of the choice of captions")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--output", type=Path, help="folder for figures.json and a grid of every set")
+    args = parser.parse_args(argv)
+    from tqdm import tqdm
+
+    from diffusion.evaluation import evaluate
+    from diffusion.pipeline import TextToImage
+
+    try:
+        model = TextToImage.load(args.model, args.device, args.dtype)
+        paraphrases = args.paraphrases if args.paraphrases.is_file() else None
+        with tqdm(desc="drawing", unit="img") as bar:
+            figures = evaluate(model, args.data, paraphrases, args.count, args.seed, lambda: bar.update() and None)
+    except ValueError as error:
+        print(f"diffusion evaluate: {error}", file=sys.stderr)
+        return 2
+    for name, count, value in figures.rows():
+        print(f"{name:<42} {count:>5}  {value:>8}")
+    if args.output is not None:
+        _write(figures, args.output)
+    return 0
+
+
+def _write(figures, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    from diffusion.images import make_grid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"figure": name, "pictures": count, "value": value} for name, count, value in figures.rows()]
+    (folder / "figures.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for name in ("train", "held_out", "paraphrases"):
+        answers = getattr(figures, name)
+        if answers is not None:
+            make_grid(answers.images, columns=16).save(folder / f"{name}.png")

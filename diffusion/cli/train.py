@@ -1,0 +1,46 @@
+"""``diffusion train CONFIG.yaml [key=value ...]``: train a model, or go on where the run of that name stopped."""
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: train.py CONFIG.yaml [key=value ...]
+
+Train what the config says into runs/<name>/; the same command again goes on where it stopped.
+Overrides: train.lr=3e-4, --train.lr=3e-4 and --train.lr 3e-4 mean the same.
+Several processes: accelerate launch --num_processes 2 train.py CONFIG.yaml
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exit code 0 when done, 2 for a wrong request, 1 for a failure while running, 130 when stopped by a signal."""
+    from diffusion import config
+
+    if not argv or "-h" in argv or "--help" in argv:
+        rows = "\n".join(f"  {path:<28} {doc} [{default}]" for path, default, doc in config.documented_fields())
+        print(f"{USAGE}\nFields and their defaults:\n{rows}")
+        return 0 if argv else 2
+    try:
+        settings = config.load(argv[0], _overrides(argv[1:]))
+        from diffusion import trainer
+
+        print(trainer.train(settings))
+    except ValueError as error:
+        print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (FloatingPointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _overrides(words: Sequence[str]) -> list[str]:
+    """``--train.lr 3e-4`` becomes ``train.lr=3e-4``."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined

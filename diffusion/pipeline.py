@@ -1,0 +1,206 @@
+"""From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import diffusion
+from diffusion import rng
+from diffusion.guidance import classifier_free_guidance
+from diffusion.images import metadata_texts
+from diffusion.models import text
+from diffusion.models.denoiser import network_denoiser
+from diffusion.models.folder import Model, load_model, stock_pipeline
+from diffusion.models.networks import decode, spatial_factor
+from diffusion.samplers import SAMPLERS, Denoise, initial_scale
+from diffusion.schedules import levels
+from diffusion.settings import Limits, Settings, find_model, resolve_dtype
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One denoising step of one batch."""
+
+    index: int  # 1 .. total
+    total: int
+    pictures: Sequence[tuple[str, int]]  # (prompt, seed) of each picture in the batch
+    latents: Tensor  # (B, C, h, w), at the noise level reached
+    denoised: Tensor  # the estimate of the clean latents made on the way
+    images: list[Image.Image] | None  # at the last step of a batch, its pictures
+    _vae: Any
+
+    def preview(self) -> list[Image.Image]:
+        """What the pictures look like so far: the estimate, decoded."""
+        return decode(self._vae, self.denoised)
+
+
+@dataclass
+class TextToImage:
+    """A loaded model that draws. Picture k of each prompt has the seed ``seed + k`` and depends on nothing else."""
+
+    model: Model
+
+    @classmethod
+    def load(cls, path: str | Path = "emoji", device: str | None = None, dtype: str | torch.dtype | None = None) -> "TextToImage":
+        """Load a model folder, or one of the shipped models by name.
+
+        ``device`` None or "auto" takes the fastest one present; ``dtype`` None takes bfloat16 on CUDA and float32
+        elsewhere. Raises ValueError for a folder that is no model, and for a device or dtype this machine lacks.
+        """
+        where = choose_device(device)
+        return cls(load_model(find_model(path), where, choose_dtype(dtype, where)))
+
+    def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
+        """Draw. Takes the fields of ``Settings`` as keywords; each one left out is the model's own default.
+
+        Returns one RGB picture for each prompt and each of ``num_images``, prompt by prompt; ``Image.info`` says how
+        it was made. Raises ValueError for a request that cannot be met and FloatingPointError when the network puts
+        out numbers that are not finite.
+        """
+        batches = (step.images for step in self.stream(prompt, **settings) if step.images is not None)
+        return [image for images in batches for image in images]
+
+    def stream(self, prompt: str | Sequence[str], **settings: Any) -> Iterator[Progress]:
+        """The same, step by step. To stop early is to stop iterating."""
+        wanted = Settings(prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt), **settings)
+        return self.run(wanted)
+
+    def run(self, wanted: Settings) -> Iterator[Progress]:
+        """The steps of a checked request."""
+        full = self.resolved(wanted)
+        pictures = full.pictures()
+        text.tokenize(self.model.tokenizer, [*dict.fromkeys(full.prompts), full.negative_prompt])  # too long: say so now
+        assert full.batch_size is not None, "filled() gives the batch size"
+        batches = [pictures[start : start + full.batch_size] for start in range(0, len(pictures), full.batch_size)]
+        return (step for batch in batches for step in self._batch(batch, full))
+
+    def resolved(self, wanted: Settings) -> Settings:
+        """The request with every default answered by this model, and checked against it."""
+        full = wanted.filled(self.model.recipe)
+        full.check(Limits(spatial_factor(self.model.vae), self.model.schedule.num_timesteps))
+        return full
+
+    def first_noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
+        """Standard normal ``(B, C, h, w)``: for each seed what the stock library draws for it on the CPU."""
+        factor = spatial_factor(self.model.vae)
+        shape = (1, self.model.unet.config.in_channels, height // factor, width // factor)
+        return torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+    def to_diffusers(self) -> "StableDiffusionPipeline":
+        """The stock pipeline over the same weights, with DDIM on our ``trailing`` grid as its scheduler."""
+        return stock_pipeline(self.model)
+
+    # --- how
+
+    @torch.inference_mode()
+    def _batch(self, pictures: Sequence[tuple[str, int]], full: Settings) -> Iterator[Progress]:
+        unet, schedule = self.model.unet, self.model.schedule
+        assert full.height and full.width and full.steps and full.sampler and full.schedule
+        seeds = [seed for _, seed in pictures]
+        grid = levels(schedule, full.steps, full.schedule)
+        x = self.first_noise(seeds, full.height, full.width).to(unet.device) * initial_scale(grid[0])
+
+        def noise(step: int, draw: int) -> Tensor:
+            drawn = [rng.normal(seed, "sampler", step, draw, shape=x.shape[1:]) for seed in seeds]
+            return torch.stack([torch.from_numpy(values) for values in drawn]).to(x)
+
+        denoise = self._denoiser([prompt for prompt, _ in pictures], full)
+        for step in SAMPLERS[full.sampler](denoise, x, grid, noise):
+            if not torch.isfinite(step.x).all():
+                raise FloatingPointError(f"the network put out numbers that are not finite at step {step.index + 1}: try --dtype fp32")
+            last = step.index + 1 == full.steps
+            yield Progress(
+                index=step.index + 1,
+                total=full.steps,
+                pictures=pictures,
+                latents=step.x,
+                denoised=step.denoised,
+                images=self._finished(step.x, pictures, full) if last else None,
+                _vae=self.model.vae,
+            )
+
+    def _denoiser(self, prompts: list[str], full: Settings) -> Denoise:
+        """The network under these prompts, guided away from the negative prompt."""
+        unet, schedule, prediction = self.model.unet, self.model.schedule, self.model.prediction
+        encode = partial(_encode, self.model)
+        make = partial(network_denoiser, unet, schedule, prediction)
+        context = encode(prompts)
+        assert full.guidance_scale is not None
+        if full.guidance_scale == 1:
+            return make(context)
+        unconditional = encode([full.negative_prompt]).expand_as(context)
+        return classifier_free_guidance(make(torch.cat([unconditional, context])), make(context), full.guidance_scale)
+
+    def _finished(self, latents: Tensor, pictures: Sequence[tuple[str, int]], full: Settings) -> list[Image.Image]:
+        images = decode(self.model.vae, latents)
+        for image, (prompt, seed) in zip(images, pictures, strict=True):
+            image.info.update(metadata_texts(self._made(prompt, seed, full)))
+        return images
+
+    def _made(self, prompt: str, seed: int, full: Settings) -> dict[str, Any]:
+        """Everything needed to make the same picture again."""
+        return {
+            "prompt": prompt,
+            "negative_prompt": full.negative_prompt,
+            "seed": seed,
+            "steps": full.steps,
+            "guidance_scale": full.guidance_scale,
+            "sampler": full.sampler,
+            "schedule": full.schedule,
+            "width": full.width,
+            "height": full.height,
+            "model": self.model.path.name if self.model.path else "unsaved",
+            "model_hash": self.model_hash,
+            "dtype": str(self.model.unet.dtype).removeprefix("torch."),
+            "device": self.model.unet.device.type,
+            "version": diffusion.__version__,
+            "torch": torch.__version__,
+        }
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Ten hexadecimal digits of the SHA-256 of the U-Net's file, or of its weights where it has none."""
+        digest = hashlib.sha256()
+        files = sorted((self.model.path / "unet").glob("*.safetensors")) if self.model.path else []
+        for file in files:
+            digest.update(file.read_bytes())
+        if not files:
+            for weight in self.model.unet.state_dict().values():
+                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:10]
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the fastest one present for None and "auto"; ValueError for one this machine lacks."""
+    present = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name is None or name == "auto":
+        return torch.device(present[0])
+    if torch.device(name).type not in present:
+        raise ValueError(f"device {name!r} is not present on this machine: it has {', '.join(present)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The named dtype; by default bfloat16 on a GPU that has it, and float32 elsewhere."""
+    if isinstance(name, torch.dtype):
+        return name
+    found = resolve_dtype(name, device.type)
+    if found is not None:
+        return getattr(torch, found)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _encode(model: Model, prompts: Sequence[str]) -> Tensor:
+    """One prompt at a time: a batch of another size may round otherwise, and a picture must not know its batch."""
+    unique = {prompt: text.encode(model.text_encoder, text.tokenize(model.tokenizer, [prompt])) for prompt in set(prompts)}
+    return torch.cat([unique[prompt] for prompt in prompts])
