@@ -55,7 +55,7 @@ def initial_scale(level: Level) -> float:
 def transfer(start: Level, end: Level, eta: float = 0.0) -> tuple[float, float, float]:
     """(a, b, c) of x_end = a * x_start + b * D + c * noise: exact while the denoised D does not change.
 
-    eta 0 is the ODE, (*) for a constant D; eta 1 is the SDE (SDE-DPM-Solver++ of order 1). With h = lambda_t - lambda_s,
+    eta 0 is the ODE, (*) with D constant; eta 1 is the SDE (SDE-DPM-Solver++ of order 1). With h = lambda_t - lambda_s,
 
         a = sigma_t / sigma_s * e^(-eta h),  b = alpha_t (1 - e^(-(1 + eta) h)),  c = sigma_t sqrt(1 - e^(-2 eta h))
 
@@ -72,7 +72,7 @@ def remember(past: Past, level: Level, value: Tensor, count: int) -> Past:
 
 
 def midway(past: Past, end: Level) -> Tensor | float:
-    """What a line through the last two values adds to the last one half way to `end`: h / 2 * slope, if there is one."""
+    """What a line through the last two values adds to the last one half way to `end`: h / 2 * slope, 0 if no line."""
     if len(past) < 2 or not end.sigma:
         return 0.0
     (lambda_1, before), (lambda_0, now) = past[-2:]
@@ -107,7 +107,7 @@ def bend(points: Past, start: Level, end: Level, speed: float, value: Tensor) ->
 def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise) -> Iterator[Step]:
     """Euler on dx = eps dsigma at alpha = 1 (Karras et al. 2206.00364, eq. 1), which is DDIM at any alpha: order 1.
 
-    DDIM (Song et al. 2010.02502, eq. 12, eta = 0): x_t = alpha_t D + sigma_t eps with eps = (x_s - alpha_s D) / sigma_s.
+    DDIM (Song et al. 2010.02502, eq. 12, eta = 0): x_t = alpha_t D + sigma_t eps, eps = (x_s - alpha_s D) / sigma_s.
     """
     for i, (start, end) in enumerate(pairwise(levels)):
         denoised = denoise(x, start)
@@ -178,7 +178,7 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
 
 
 def between(start: Level, end: Level) -> Level:
-    """The level half way in lambda on the curve of both: alpha = 1, alpha + sigma = 1, or else alpha^2 + sigma^2 = 1."""
+    """The level half way in lambda on the curve of both: alpha = 1, alpha + sigma = 1, or alpha^2 + sigma^2 = 1."""
     ratio = math.sqrt(start.ratio * end.ratio)
     if start.alpha == end.alpha:
         return Level(end.alpha, end.alpha * ratio)
@@ -206,9 +206,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: No
     return dpmpp_2m(denoise, x, levels, noise, eta=1)
 
 
-def dpmpp_3m_sde(
-    denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise, eta: float = 1
-) -> Iterator[Step]:
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise, eta: float = 1) -> Iterator[Step]:
     """D is the parabola through the last three values, in the reverse SDE (k-diffusion, `sample_dpmpp_3m_sde`).
 
     The parabola is integrated exactly. k-diffusion gives its curvature half that weight, which at eta = 0, where an

@@ -180,7 +180,7 @@ class TextToImageTask:
         return choose_caption(picture, visit, self.config.seed, self._fits, c.dropout, c.keywords, c.fillers)
 
     def _fits(self, caption: str) -> bool:
-        return len(self.model.tokenizer(caption).input_ids) <= self.model.tokenizer.model_max_length
+        return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
 
     def _cached(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
         vae = self.model.vae
@@ -212,7 +212,7 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         raise ValueError("from scratch, text_to_image needs model.autoencoder, model.tokenizer, model.text_encoder and model.unet")
     captions = {caption for picture in pictures for caption in (picture.text, *picture.keywords)}
     captions |= set(config.data.captions.fillers)
-    tokenizer = text.train_tokenizer(captions, m.tokenizer.vocab_size, m.tokenizer.max_length, config.folder / "tokenizer")
+    tokenizer = text.train_tokenizer(captions, m.tokenizer.vocab_size, m.tokenizer.max_length)
     return Model(
         tokenizer=tokenizer,
         text_encoder=networks.build_text_encoder(m.text_encoder, tokenizer),

@@ -34,9 +34,9 @@ def posteriors(
     for start in tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", leave=False):
         pixels = np.stack([read_pixels(picture.file, size) for picture in pictures[start : start + batch_size]])
         mean, std = encode(to_tensor(pixels))
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
-    result = {"mean": torch.cat(means), "std": torch.cat(stds)}
+        means.append(mean.float().cpu().contiguous())
+        stds.append(std.float().cpu().contiguous())
+    result = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(result, file.with_suffix(".part"))
     file.with_suffix(".part").rename(file)

@@ -5,7 +5,6 @@
 What train writes, generate reads with no flags, and ``StableDiffusionPipeline.from_pretrained`` reads too.
 """
 
-import copy
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion import schedules
-from diffusion.models.text import load_tokenizer
+from diffusion.models.text import load_tokenizer, save_tokenizer
 from diffusion.schedules import DiscreteSchedule
 
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
@@ -70,7 +70,7 @@ class Forward:
             "timestep_spacing": "trailing",
             "clip_sample": False,
             "set_alpha_to_one": True,
-            "steps_offset": 0,
+            "steps_offset": 1,
         }
 
     @classmethod
@@ -153,7 +153,7 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
     path = Path(path)
     for name in ("vae", "unet", "text_encoder"):
         save_network(getattr(model, name), path / name, dtype)
-    model.tokenizer.save_pretrained(path / "tokenizer")
+    save_tokenizer(model.tokenizer, path / "tokenizer")
     _write_json(path / "scheduler" / "scheduler_config.json", model.forward.to_diffusers())
     _write_json(path / "recipe.json", asdict(model.recipe))
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
@@ -181,8 +181,17 @@ def stock_pipeline(model: Model) -> Any:
 
 def save_network(network: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """One network as ``config.json`` and safetensors, stored in ``dtype``."""
-    stored = network if dtype is None else copy.deepcopy(network).to(dtype)
-    stored.save_pretrained(folder, safe_serialization=True)
+    config, name = (
+        (network.config.save_pretrained, "model.safetensors")
+        if isinstance(network, CLIPTextModel)
+        else (network.save_config, "diffusion_pytorch_model.safetensors")
+    )
+    if isinstance(network, CLIPTextModel):
+        network.config.dtype = "float32"  # what a stock pipeline that is given no dtype loads the other networks in
+    folder.mkdir(parents=True, exist_ok=True)
+    config(folder)
+    weights = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
+    save_file(weights, folder / name, metadata={"format": "pt"})
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:

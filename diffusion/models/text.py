@@ -11,8 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int, folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions and write it to ``folder`` in the CLIP tokenizer's own files.
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from captions, for the CLIP tokenizer.
 
     The layout is CLIP's: 256 bytes, the same 256 as word ends, the merges, then the two markers. Every text can be
     spelled, since every byte is a token.
@@ -30,14 +30,13 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int, f
     merges = [tuple(pair) for pair in json.loads(word_counts.to_str())["model"]["merges"]][: vocab_size - 2 - len(tokens)]
     tokens += [first + second for first, second in merges]
     vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True}
-    settings |= {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return load_tokenizer(folder)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt``, CLIP's own files, next to the one file that newer releases read."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -48,7 +47,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Token ids, shape ``(B, L)``, padded to the encoder's length; a prompt that does not fit is a ``ValueError``."""
     length = tokenizer.model_max_length
-    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(ids) > length:
             kept = tokenizer.decode(ids[1 : length - 1])
             raise ValueError(
