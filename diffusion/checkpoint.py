@@ -33,7 +33,9 @@ def write(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int = 2) -
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, stage / f"{name}.safetensors")
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, stage / f"{name}.safetensors"
+        )
     (stage / "state.json").write_text(json.dumps(dict(checkpoint.state), indent=2), encoding="utf-8")
     digests = {file.name: _sha256(file) for file in sorted(stage.iterdir())}
     (stage / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")

@@ -32,9 +32,9 @@ class Captions:
 
     dropout: Annotated[Fraction, "share of visits with the empty caption, for classifier-free guidance"] = 0.1
     keywords: Annotated[Fraction, "share of visits with a shuffled choice of keywords instead of the text"] = 0.0
-    fillers: Annotated[list[str], "words strewn into half of the captions, so that a prompt may hold words that name nothing"] = Field(
-        default_factory=list
-    )
+    fillers: Annotated[
+        list[str], "words strewn into half of the captions, so that a prompt may hold words that name nothing"
+    ] = Field(default_factory=list)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -102,7 +102,9 @@ class Train:
     )
     weight_decay: Annotated[Rate, "AdamW weight decay"] = 0.01
     clip: Annotated[Rate, "gradient norm ceiling; 0 turns it off"] = 1.0
-    ema: Annotated[Annotated[float, Field(ge=0, lt=1)], "decay of the averaged weights that are shipped; 0 turns it off"] = 0.999
+    ema: Annotated[
+        Annotated[float, Field(ge=0, lt=1)], "decay of the averaged weights that are shipped; 0 turns it off"
+    ] = 0.999
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "autocast precision; auto measures"] = "auto"
     compile: Annotated[bool, "torch.compile the networks"] = False
     workers: Annotated[Count, "data worker processes"] = 0
@@ -179,7 +181,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def validate(tree: dict[str, Any], source: str = "config") -> Config:
     """A nested mapping as a Config; ``ValueError`` with one line a fault."""
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict, yet takes mappings for classes
+        return TypeAdapter(Config).validate_json(
+            json.dumps(tree, default=str)
+        )  # strict, yet takes mappings for classes
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors()]
         raise ValueError("\n".join(f"{source}: {fault}" for fault in faults)) from None
@@ -193,7 +197,7 @@ def dump(config: Config) -> str:
 def documented_fields(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
     """Every field as (dotted path, default, one line of documentation)."""
     rows: list[tuple[str, str, str]] = []
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):
         kind, *notes = get_args(field.type)
         doc = next(note for note in reversed(notes) if isinstance(note, str))
         if is_dataclass(kind):
@@ -208,9 +212,11 @@ def _default_text(default: Any) -> str:
     factory = getattr(default, "default_factory", None)
     if factory is not None:
         value = factory()
-    return "required" if "PydanticUndefined" in repr(value) or "MISSING" in repr(value) else yaml.safe_dump(
-        value, default_flow_style=True
-    ).replace("\n...", "").strip()
+    return (
+        "required"
+        if "PydanticUndefined" in repr(value) or "MISSING" in repr(value)
+        else yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
+    )
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

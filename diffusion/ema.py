@@ -16,13 +16,15 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {
+            n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards the module's weights; ``step`` counts the optimizer steps done, from 1."""
         decay = min(self.decay, 1 - (1 + step) ** -0.75)
-        live = [p for p in module.parameters() if p.requires_grad]
+        live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
 
     @contextmanager

@@ -56,7 +56,11 @@ class Figures:
         """(figure, number of pictures, value) as they are printed."""
         sets = [("training captions", self.train), ("held-out compositions", self.held_out)]
         sets += [("paraphrases", self.paraphrases)] if self.paraphrases is not None else []
-        held_out = ("autoencoder on held-out pictures, PSNR", len(self.held_out.ranks), f"{self.reconstruction_psnr:.1f} dB")
+        held_out = (
+            "autoencoder on held-out pictures, PSNR",
+            len(self.held_out.ranks),
+            f"{self.reconstruction_psnr:.1f} dB",
+        )
         return [
             held_out,
             *((f"{name}, top {k}", len(a.ranks), f"{a.top(k):.2f}") for name, a in sets for k in (1, 5)),
@@ -65,7 +69,7 @@ class Figures:
 
 def evaluate(
     model: TextToImage, data: Path, paraphrases: Path | None = None, count: int = 200, seed: int = 0,
-    on_image: Callable[[], None] = lambda: None,
+    on_image: Callable[[], object] = lambda: None,
 ) -> Figures:  # fmt: skip
     """Measure a model on a folder with a ``held_out`` split. One picture a prompt, seeds ``seed``, ``seed + 1``, ...
 

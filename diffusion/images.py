@@ -1,4 +1,4 @@
-"""Pictures on disk: names that never collide, writes that are whole or absent, and metadata that travels with the pixels.
+"""Pictures on disk: names that never collide, writes that are whole or absent, metadata that travels with the pixels.
 
 An output is a file, a folder or a template. Only a file that was named letter by letter is ever overwritten; a folder
 or a template gets the next free name. ``Image.info`` carries two texts, which every saved picture carries too:
@@ -91,7 +91,7 @@ def render(output: Output, *, index: int, seed: int, slug: str) -> Path:
 
 
 def slugify(prompt: str, limit: int = SLUG_BYTES) -> str:
-    """A prompt as part of a file name: lower-case words of any script joined by ``-``, at most ``limit`` UTF-8 bytes."""
+    """A prompt as part of a file name: lower-case words of any script joined by ``-``, up to ``limit`` UTF-8 bytes."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
     text = "-".join(words).encode("utf-8", "ignore")[:limit].decode("utf-8", "ignore")
     return text.rstrip("-") or "picture"
@@ -192,7 +192,9 @@ def parse_parameters(text: str) -> dict[str, str]:
         lines, pairs = [*lines, last], []
     start = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
     negative = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
-    return {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative} | {k: _unquote(v) for k, v in pairs}
+    return {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative} | {
+        k: _unquote(v) for k, v in pairs
+    }
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -51,7 +51,9 @@ class TextToImage:
     model: Model
 
     @classmethod
-    def load(cls, path: str | Path = "emoji", device: str | None = None, dtype: str | torch.dtype | None = None) -> "TextToImage":
+    def load(
+        cls, path: str | Path = "emoji", device: str | None = None, dtype: str | torch.dtype | None = None
+    ) -> "TextToImage":
         """Load a model folder, or one of the shipped models by name.
 
         ``device`` None or "auto" takes the fastest one present; ``dtype`` None takes bfloat16 on CUDA and float32
@@ -79,7 +81,9 @@ class TextToImage:
         """The steps of a checked request."""
         full = self.resolved(wanted)
         pictures = full.pictures()
-        text.tokenize(self.model.tokenizer, [*dict.fromkeys(full.prompts), full.negative_prompt])  # too long: say so now
+        text.tokenize(
+            self.model.tokenizer, [*dict.fromkeys(full.prompts), full.negative_prompt]
+        )  # too long: say so now
         assert full.batch_size is not None, "filled() gives the batch size"
         batches = [pictures[start : start + full.batch_size] for start in range(0, len(pictures), full.batch_size)]
         return (step for batch in batches for step in self._batch(batch, full))
@@ -105,7 +109,8 @@ class TextToImage:
     @torch.inference_mode()
     def _batch(self, pictures: Sequence[tuple[str, int]], full: Settings) -> Iterator[Progress]:
         unet, schedule = self.model.unet, self.model.schedule
-        assert full.height and full.width and full.steps and full.sampler and full.schedule
+        assert full.height is not None and full.width is not None and full.steps is not None  # noqa: PT018
+        assert full.sampler is not None and full.schedule is not None  # noqa: PT018 - filled() gave them all
         seeds = [seed for _, seed in pictures]
         grid = levels(schedule, full.steps, full.schedule)
         x = self.first_noise(seeds, full.height, full.width).to(unet.device) * initial_scale(grid[0])
@@ -117,7 +122,9 @@ class TextToImage:
         denoise = self._denoiser([prompt for prompt, _ in pictures], full)
         for step in SAMPLERS[full.sampler](denoise, x, grid, noise):
             if not torch.isfinite(step.x).all():
-                raise FloatingPointError(f"the network put out numbers that are not finite at step {step.index + 1}: try --dtype fp32")
+                raise FloatingPointError(
+                    f"the network put out numbers that are not finite at step {step.index + 1}: try --dtype fp32"
+                )
             last = step.index + 1 == full.steps
             yield Progress(
                 index=step.index + 1,
@@ -202,5 +209,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
 
 def _encode(model: Model, prompts: Sequence[str]) -> Tensor:
     """One prompt at a time: a batch of another size may round otherwise, and a picture must not know its batch."""
-    unique = {prompt: text.encode(model.text_encoder, text.tokenize(model.tokenizer, [prompt])) for prompt in set(prompts)}
+    unique = {
+        prompt: text.encode(model.text_encoder, text.tokenize(model.tokenizer, [prompt])) for prompt in set(prompts)
+    }
     return torch.cat([unique[prompt] for prompt in prompts])

@@ -209,8 +209,8 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: No
 def dpmpp_3m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise, eta: float = 1) -> Iterator[Step]:
     """D is the parabola through the last three values, in the reverse SDE (k-diffusion, `sample_dpmpp_3m_sde`).
 
-    The parabola is integrated exactly. k-diffusion gives its curvature half that weight, which at eta = 0, where an
-    order can be measured, is order 2; this is order 3.
+    The parabola is integrated exactly. k-diffusion gives its curvature half that weight, which leaves a step with an
+    error of h^3 at eta = 0; here it is h^4.
     """
     past: Past = []
     for i, (start, end) in enumerate(pairwise(levels)):

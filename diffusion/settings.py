@@ -74,7 +74,7 @@ class Limits(NamedTuple):
 class Settings:
     """One checked request. ``None`` means the model's own default; 0 and "" are values.
 
-    Picture k of each prompt has the seed ``seed + k``: every prompt starts at ``seed``, so that prompts can be compared.
+    Picture k of each prompt has the seed ``seed + k``: every prompt starts at ``seed``, so that prompts compare.
     """
 
     prompts: tuple[str, ...]
@@ -105,7 +105,7 @@ class Settings:
                 object.__setattr__(self, name, resolve(getattr(self, name)))
 
     def filled(self, recipe: Defaults) -> "Settings":
-        """The same request with every ``None`` answered: by the recipe, a random seed, and a batch that fits in memory."""
+        """The same request with every ``None`` answered: by the recipe, a random seed, a batch that fits in memory."""
         known = {item.name: getattr(recipe, item.name) for item in fields(self) if hasattr(recipe, item.name)}
         given = {name: value for name in known if (value := getattr(self, name)) is not None}
         side = {**known, **given}
@@ -198,12 +198,17 @@ def find_model(name: str | Path) -> Path:
     if Path(name).exists():
         raise ValueError(f"{name} is not a model folder: it has no unet/")
     known = f" (models that are here: {', '.join(shipped)})" if shipped else ""
-    raise ValueError(f"model {str(name)!r} not found: give the path of a model folder{did_you_mean(str(name), shipped)}{known}")
+    raise ValueError(
+        f"model {str(name)!r} not found: give the path of a model folder{did_you_mean(str(name), shipped)}{known}"
+    )
 
 
 def read_limits(folder: Path) -> Limits:
     """The limits of a model folder, from its JSON files alone."""
-    vae, scheduler = _read_json(folder / "vae" / "config.json"), _read_json(folder / "scheduler" / "scheduler_config.json")
+    vae, scheduler = (
+        _read_json(folder / "vae" / "config.json"),
+        _read_json(folder / "scheduler" / "scheduler_config.json"),
+    )
     try:
         return Limits(2 ** (len(vae["block_out_channels"]) - 1), scheduler.get("num_train_timesteps", 1000))
     except (KeyError, TypeError):

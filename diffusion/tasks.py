@@ -39,7 +39,9 @@ class Task(Protocol):
 def build(config: Config, pictures: list[Picture], device: torch.device) -> Task:
     """The task that the config names, with new weights drawn from the run's seed."""
     torch.manual_seed(config.seed)
-    return {"autoencoder": AutoencoderTask, "text_to_image": TextToImageTask}[config.task](config, pictures, device)
+    if config.task == "autoencoder":
+        return AutoencoderTask(config, pictures, device)
+    return TextToImageTask(config, pictures, device)
 
 
 # --- autoencoder ------------------------------------------------------------------------------------------------------
@@ -152,7 +154,9 @@ class TextToImageTask:
         speed_up_group_norm(self.model.unet)
         if config.train.compile:
             self.model.unet.compile()
-        self.module: nn.Module = DenoisingLoss(self.model.unet, self.model.text_encoder, self.model.forward, config.loss)
+        self.module: nn.Module = DenoisingLoss(
+            self.model.unet, self.model.text_encoder, self.model.forward, config.loss
+        )
         mean, std = self._cached(pictures)
         scale = self.model.vae.config.scaling_factor
         self.dataset = LatentSet(
@@ -209,7 +213,9 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         model.recipe = recipe
         return model
     if m.autoencoder is None or m.tokenizer is None or m.text_encoder is None or m.unet is None:
-        raise ValueError("from scratch, text_to_image needs model.autoencoder, model.tokenizer, model.text_encoder and model.unet")
+        raise ValueError(
+            "from scratch, text_to_image needs model.autoencoder, model.tokenizer, model.text_encoder and model.unet"
+        )
     captions = {caption for picture in pictures for caption in (picture.text, *picture.keywords)}
     captions |= set(config.data.captions.fillers)
     tokenizer = text.train_tokenizer(captions, m.tokenizer.vocab_size, m.tokenizer.max_length)

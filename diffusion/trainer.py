@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import checkpoint, config as configs, tasks
+from diffusion import checkpoint, tasks
+from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
 from diffusion.data.order import Order, batches
@@ -47,8 +48,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
 
     order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
     plan = (config.train.batch_size, micro_batch, accelerator.process_index, accelerator.num_processes)
-    loader = iter(DataLoader(task.dataset, batch_sampler=batches(order, first, config.train.steps, *plan), collate_fn=dict,
-                             num_workers=config.train.workers))  # fmt: skip
+    visits = batches(order, first, config.train.steps, *plan)
+    loader = iter(DataLoader(task.dataset, batch_sampler=visits, collate_fn=dict, num_workers=config.train.workers))
     accumulation = config.train.batch_size // (micro_batch * accelerator.num_processes)
     trainable = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     module.train()
@@ -129,7 +130,10 @@ class Run:
     def steps(self, first: int, quiet: bool) -> Iterator[int]:
         """The steps to do, with a progress bar; ends early, at a step's end, on SIGTERM or Ctrl-C."""
         total = self.config.train.steps
-        with _signals(self._interrupt), tqdm(total=total, initial=first, unit="step", disable=quiet, smoothing=0.02) as self.bar:
+        with (
+            _signals(self._interrupt),
+            tqdm(total=total, initial=first, unit="step", disable=quiet, smoothing=0.02) as self.bar,
+        ):
             for step in range(first, total):
                 yield step
                 self.bar.update()
@@ -154,8 +158,8 @@ class Run:
         if self._any(not finite):
             self.save(step)
             raise FloatingPointError(
-                f"step {step}: the loss or its gradient is not finite; nothing was updated, and {self.folder} holds the "
-                "state before it. Lower train.lr, or set train.precision=fp32"
+                f"step {step}: the loss or its gradient is not finite; nothing was updated, and "
+                f"{self.folder} holds the state before it. Lower train.lr, or set train.precision=fp32"
             )
 
     def finish_step(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
@@ -240,8 +244,8 @@ def _micro_batch(train: Train, processes: int) -> int:
     micro = train.batch_size // processes if train.micro_batch is None else train.micro_batch
     if micro < 1 or train.batch_size % (micro * processes):
         raise ValueError(
-            f"train.batch_size {train.batch_size} cannot be split into {processes} processes x micro-batches of {micro}: "
-            f"choose a multiple of {max(1, micro) * processes}"
+            f"train.batch_size {train.batch_size} does not split into {processes} processes x micro-batches of "
+            f"{micro}: choose a multiple of {max(1, micro) * processes}"
         )
     return micro
 
@@ -253,7 +257,9 @@ def _optimizer(module: nn.Module, train: Train) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(train.betas[0], train.betas[1]), fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=train.lr, betas=(train.betas[0], train.betas[1]), fused=True
+    )
 
 
 def _optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:

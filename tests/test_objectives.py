@@ -133,7 +133,7 @@ def test_uniform_time_is_the_identity() -> None:
 def test_times_stay_in_order_and_inside(density: str) -> None:
     t = unit_time(density, torch.linspace(1e-6, 1 - 1e-6, 1000, dtype=torch.float64))
     assert (t.diff() > 0).all()
-    assert 0 < t[0]
+    assert t[0] > 0
     assert t[-1] < 1
 
 
@@ -147,7 +147,9 @@ def test_mistyped_names_are_refused_with_the_nearest() -> None:
         denoised("epsilom", EPS, X0, 0.8, 0.6)
     with pytest.raises(ValueError, match=r"unknown weighting 'min-snr', .*did you mean 'min_snr'\?"):
         loss_weight("min-snr", "epsilon", 0.8, 0.6)
-    with pytest.raises(ValueError, match="unknown prediction 'x', must be one of epsilon, v_prediction, sample, flow$"):
+    with pytest.raises(
+        ValueError, match=r"unknown prediction 'x', must be one of epsilon, v_prediction, sample, flow$"
+    ):
         loss_weight("uniform", "x", 0.8, 0.6)
     with pytest.raises(ValueError, match=r"unknown density 'logitnormal', .*did you mean 'logit_normal'\?"):
         unit_time("logitnormal", f64(0.5))

@@ -1,6 +1,7 @@
 """Forward processes and grids against diffusers' schedulers, closed forms, and their own limits."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_levels_descend_from_the_schedule_to_clean_data(schedule: NoiseSchedule,
     assert len(noise_levels) == steps + 1
     assert noise_levels[-1] == CLEAN
     assert all(math.isfinite(level.alpha) and math.isfinite(level.sigma) for level in noise_levels)
-    assert all(first.ratio > second.ratio for first, second in zip(noise_levels, noise_levels[1:], strict=False))
+    assert all(first.ratio > second.ratio for first, second in pairwise(noise_levels))
     family = 1 if schedule.continuous else 2  # alpha + sigma = 1, or alpha^2 + sigma^2 = 1
     assert all(level.alpha**family + level.sigma**family == pytest.approx(1, rel=1e-14) for level in noise_levels)
 

@@ -30,14 +30,14 @@ SIZE = 128
 
 
 def base_of(name: str) -> str:
-    """The name without its skin tones: ``"kiss: man, man, light skin tone, dark skin tone"`` -> ``"kiss: man, man"``."""
+    """The name without its skin tones: ``"person: light skin tone, bald"`` -> ``"person: bald"``."""
     head, colon, qualifiers = name.partition(": ")
     kept = [part for part in qualifiers.split(", ") if part not in SKIN_TONES]
     return f"{head}{colon}{', '.join(kept)}" if colon and kept else head
 
 
 def is_held_out(name: str) -> bool:
-    """One in ten of the names that end in ``": <skin tone>"``: a pure function of the name, so the split never drifts."""
+    """One in ten of the names that end in ``": <skin tone>"``: a function of the name alone, so the split never drifts."""
     single_tone = any(name.endswith(f": {tone}") for tone in SKIN_TONES)
     return single_tone and int(hashlib.md5(name.encode()).hexdigest(), 16) % 10 == 0
 
@@ -113,7 +113,10 @@ def main() -> int:
     args = parser.parse_args()
     for path, package in ((args.font, "fonts-noto-color-emoji"), (args.cldr, "unicode-cldr-core")):
         if not path.exists():
-            print(f"build.py: {path} does not exist; install the Debian package {package} or name another path", file=sys.stderr)
+            print(
+                f"build.py: {path} does not exist; install the Debian package {package} or name another path",
+                file=sys.stderr,
+            )
             return 2
     if not features.check("raqm"):
         print("build.py: this Pillow has no raqm text layout; install libraqm0 or Pillow's own wheel", file=sys.stderr)

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusion {__version__}")
         return 0
     known = ", ".join(COMMANDS)
-    print(f"diffusion: unknown command {command!r}{did_you_mean(command, COMMANDS)} (commands: {known})", file=sys.stderr)
+    print(
+        f"diffusion: unknown command {command!r}{did_you_mean(command, COMMANDS)} (commands: {known})", file=sys.stderr
+    )
     return 2
 
 

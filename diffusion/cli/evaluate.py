@@ -12,7 +12,9 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="diffusion evaluate", description=__doc__)
     parser.add_argument("model", nargs="?", default="emoji", help="model folder or name (default: emoji)")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="image folder with a held_out split")
-    parser.add_argument("--paraphrases", type=Path, default=Path("assets/emoji/paraphrases.jsonl"), help="JSON lines of prompt and text")
+    parser.add_argument(
+        "--paraphrases", type=Path, default=Path("assets/emoji/paraphrases.jsonl"), help="JSON lines of prompt and text"
+    )
     parser.add_argument("--count", type=int, default=200, help="training captions to ask")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture and of the choice of captions")
     parser.add_argument("--device", default=None)
@@ -28,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
         model = TextToImage.load(args.model, args.device, args.dtype)
         paraphrases = args.paraphrases if args.paraphrases.is_file() else None
         with tqdm(desc="drawing", unit="img") as bar:
-            figures = evaluate(model, args.data, paraphrases, args.count, args.seed, lambda: bar.update() and None)
+            figures = evaluate(model, args.data, paraphrases, args.count, args.seed, lambda: bar.update())
     except ValueError as error:
         print(f"diffusion evaluate: {error}", file=sys.stderr)
         return 2

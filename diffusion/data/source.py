@@ -42,7 +42,9 @@ def read_folder(path: str | Path, split: str = "train", group: str | None = None
             if row.get("split", "train") == split:
                 pictures.append(_picture(folder, row, group))
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{listing}, line {number}: {type(error).__name__} {error}; need file_name and text") from None
+            raise ValueError(
+                f"{listing}, line {number}: {type(error).__name__} {error}; need file_name and text"
+            ) from None
     missing = [str(picture.file) for picture in pictures if not picture.file.is_file()]
     if missing:
         raise ValueError(f"{listing}: {len(missing)} of {len(pictures)} files do not exist, first {missing[0]}")
@@ -62,10 +64,10 @@ def _picture(folder: Path, row: dict, group: str | None) -> Picture:
 
 
 def read_pixels(file: Path, size: int) -> npt.NDArray[np.uint8]:
-    """A picture as ``(size, size, 3)`` uint8 RGB: rotated as EXIF says, laid on white, short side scaled, centre-cropped."""
+    """A picture as ``(size, size, 3)`` uint8 RGB: turned as EXIF says, laid on white, short side scaled, centre-cropped."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file, formats=FORMATS) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

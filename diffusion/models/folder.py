@@ -120,7 +120,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     recipe = read_recipe(path)
     return Model(
         tokenizer=load_tokenizer(path / "tokenizer"),
-        text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True).eval().to(device),
+        text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True)
+        .eval()
+        .to(device),
         unet=_load(UNet2DConditionModel, path / "unet", dtype).to(device),
         vae=load_vae(path, dtype).to(device),
         forward=Forward.from_diffusers(json.loads((path / "scheduler" / "scheduler_config.json").read_text())),
@@ -149,7 +151,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the folder; ``dtype`` is that of the stored weights (None: as they are). The model itself is not changed."""
+    """Write the folder; ``dtype`` is that of the stored weights (None: as they are). The model stays as it is."""
     path = Path(path)
     for name in ("vae", "unet", "text_encoder"):
         save_network(getattr(model, name), path / name, dtype)

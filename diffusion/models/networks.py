@@ -74,12 +74,14 @@ def normalize_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def _build(cls: type, arguments: dict[str, Any]) -> Any:
-    """``cls(**arguments)``, where an unknown argument is a ``ValueError`` with a suggestion instead of being ignored."""
-    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+    """``cls(**arguments)``, where an unknown argument is a ``ValueError`` with a suggestion, not ignored."""
+    known = set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
-            raise ValueError(f"{cls.__name__} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"{cls.__name__} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     return cls(**arguments)
 
 

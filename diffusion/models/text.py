@@ -27,7 +27,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     word_counts.train_from_iterator(sorted(captions), trainer)
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(char + "</w>" for char in alphabet)]
-    merges = [tuple(pair) for pair in json.loads(word_counts.to_str())["model"]["merges"]][: vocab_size - 2 - len(tokens)]
+    merges = [tuple(pair) for pair in json.loads(word_counts.to_str())["model"]["merges"]][
+        : vocab_size - 2 - len(tokens)
+    ]
     tokens += [first + second for first, second in merges]
     vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
