@@ -3,7 +3,8 @@
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,6 @@ from diffusion.samplers import (
     SAMPLERS,
     Denoise,
     Sampler,
-    Step,
     between,
     deis,
     dpmpp_3m_sde,
@@ -100,9 +100,9 @@ def network(x: Tensor, level: Level, prediction: str) -> Tensor:
     return eps if prediction == "epsilon" else level.alpha * eps - level.sigma * denoised
 
 
-def make(name: str, **config: Any) -> Any:
-    """A diffusers scheduler. One module imports torchsde, whose tree of noise the test replaces by its own."""
-    sys.modules.setdefault("torchsde", ModuleType("torchsde"))
+def make(name: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Any:
+    """A diffusers scheduler. One module imports torchsde, in whose place `brownian` makes the noise."""
+    monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
     scheduler = next(
         value
@@ -112,13 +112,17 @@ def make(name: str, **config: Any) -> Any:
     return scheduler(**SD, **config)
 
 
+def hand_noise(scheduler: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the scheduler's next step draw ours."""
+    module = sys.modules[scheduler.__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise(step, 0), raising=False)
+
+
 def by_time(scheduler: Any, x: Tensor, prediction: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Level]]:
     """Run a scheduler that knows its levels by integer times (DDIM, DDPM, LCM)."""
     grid = [variance_preserving(((1 - a) / a) ** 0.5) for a in scheduler.alphas_cumprod[scheduler.timesteps].tolist()]
     for i, (t, level) in enumerate(zip(scheduler.timesteps, grid, strict=True)):
-        module = sys.modules[scheduler.__module__]
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, i=i, **__: noise(i, 0))
+        hand_noise(scheduler, i, monkeypatch)
         x = scheduler.step(network(x, level, prediction), t, x).prev_sample
     return x, [*grid, CLEAN]
 
@@ -127,9 +131,7 @@ def by_sigma(scheduler: Any, x: Tensor, prediction: str, monkeypatch: pytest.Mon
     """Run a scheduler that keeps its levels in `sigmas`, x being alpha x0 + sigma eps (DPM-Solver++, UniPC, DEIS)."""
     grid = [variance_preserving(ratio) for ratio in scheduler.sigmas.tolist()]
     for i, t in enumerate(scheduler.timesteps):
-        module = sys.modules[scheduler.__module__]
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, i=i, **__: noise(i, 0))
+        hand_noise(scheduler, i, monkeypatch)
         x = scheduler.step(network(x, grid[i], prediction), t, x).prev_sample
     return x, grid
 
@@ -141,11 +143,10 @@ def by_ratio(scheduler: Any, x: Tensor, prediction: str, monkeypatch: pytest.Mon
     x = x / grid[0].alpha
     for call, t in enumerate(scheduler.timesteps):
         step = call // 2 if scheduler.order == 2 else call
-        module = sys.modules[scheduler.__module__]
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, i=step, **__: noise(i, 0))
+        hand_noise(scheduler, step, monkeypatch)
         scheduler.noise_sampler = brownian(step, ratios)
         scaled = scheduler.scale_model_input(x, t)
+        # scaled = x / hypot(1, ratio), which tells the ratio of the half way evaluation too
         level = variance_preserving(float((x / scaled).square().mean() - 1) ** 0.5)
         x = scheduler.step(network(scaled, level, prediction), t, x).prev_sample
     return x, grid
@@ -206,7 +207,7 @@ def test_equals_diffusers(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    scheduler = make(module, prediction_type=prediction, **config)
+    scheduler = make(module, monkeypatch, prediction_type=prediction, **config)
     scheduler.set_timesteps(steps)
     theirs, grid = runner(scheduler, noise(1000, 0), prediction, monkeypatch)
     assert len(grid) == steps + 1
@@ -216,14 +217,10 @@ def test_equals_diffusers(
 
 
 def test_deis_of_order_3_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = make("deis_multistep", solver_order=3, lower_order_final=False)
+    scheduler = make("deis_multistep", monkeypatch, solver_order=3, lower_order_final=False)
     scheduler.set_timesteps(20)
     theirs, grid = by_sigma(scheduler, noise(1000, 0), "epsilon", monkeypatch)
-
-    def third(denoise: Denoise, x: Tensor, levels: list[Level], noise: Any) -> Iterator[Step]:
-        return deis(denoise, x, levels, noise, order=3)
-
-    assert difference(run(third, mixture, noise(1000, 0), grid), theirs) < 1e-4
+    assert difference(run(partial(deis, order=3), mixture, noise(1000, 0), grid), theirs) < 1e-4
 
 
 # --- closed forms -----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def base_of(name: str) -> str:
 
 
 def is_held_out(name: str) -> bool:
-    """One in ten of the names that end in ``": <skin tone>"``: a function of the name alone, so the split never drifts."""
+    """One in ten of the names that end in ``": <skin tone>"``: a function of the name alone, it never drifts."""
     single_tone = any(name.endswith(f": {tone}") for tone in SKIN_TONES)
     return single_tone and int(hashlib.md5(name.encode()).hexdigest(), 16) % 10 == 0
 

@@ -64,7 +64,7 @@ def _picture(folder: Path, row: dict, group: str | None) -> Picture:
 
 
 def read_pixels(file: Path, size: int) -> npt.NDArray[np.uint8]:
-    """A picture as ``(size, size, 3)`` uint8 RGB: turned as EXIF says, laid on white, short side scaled, centre-cropped."""
+    """A picture as ``(size, size, 3)`` uint8 RGB: turned as EXIF says, laid on white, fitted and centre-cropped."""
     try:
         with Image.open(file, formats=FORMATS) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)

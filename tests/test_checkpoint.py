@@ -1,0 +1,53 @@
+"""Checkpoints are whole or absent (the trap of a half-written "latest")."""
+
+import json
+
+import pytest
+import torch
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint
+
+
+def some(value: float) -> Checkpoint:
+    return Checkpoint({"weights": {"w": torch.full((3,), value)}, "optimizer": {"w.step": torch.tensor(value)}}, {"step": 1})
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = checkpoint.write(tmp_path, 7, some(2.0))
+    assert path.name == "step-00000007"
+    assert checkpoint.latest(tmp_path) == path
+    found = checkpoint.read(path)
+    assert torch.equal(found.tensors["weights"]["w"], torch.full((3,), 2.0))
+    assert found.state == {"step": 1}
+
+
+def test_older_ones_are_pruned(tmp_path):
+    for step in (1, 2, 10):
+        checkpoint.write(tmp_path, step, some(step), keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+
+
+@pytest.mark.parametrize("damage", ["missing manifest", "missing file", "flipped byte", "truncated"])
+def test_a_damaged_checkpoint_does_not_exist(tmp_path, damage):
+    good, bad = checkpoint.write(tmp_path, 1, some(1.0)), checkpoint.write(tmp_path, 2, some(2.0))
+    file = bad / "weights.safetensors"
+    if damage == "missing manifest":
+        (bad / "manifest.json").unlink()
+    elif damage == "missing file":
+        file.unlink()
+    elif damage == "flipped byte":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(file.read_bytes()[:-4])
+    assert checkpoint.latest(tmp_path) == good
+
+
+def test_a_stage_that_was_left_behind_is_no_checkpoint(tmp_path):
+    stage = tmp_path / ".stage-1"
+    stage.mkdir()
+    (stage / "manifest.json").write_text(json.dumps({"step": 9, "sha256": {}}))
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
