@@ -27,6 +27,7 @@ DEFAULT_NAME = "{index:05d}-{seed}-{slug}.png"
 FIELDS = ("index", "seed", "slug")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 TEXTS = ("parameters", "diffusion")
+STAGED = ".diffusion-"  # what the name of a file that is still being written begins with
 MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
 SLUG_BYTES = 80
 EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
@@ -64,7 +65,8 @@ def parse_output(output: str | os.PathLike[str] | None = None) -> Output:
 def check_output(output: Output, count: int, seed: int, slug: str) -> None:
     """Fail before any work is spent: raises ValueError when ``count`` pictures cannot be written there.
 
-    The folder is made, and a file is created and removed in it: permission bits alone do not tell of read-only mounts.
+    A file is created and removed in the folder, or where the folder would be made: permission bits alone do not tell
+    of read-only mounts.
     """
     path = render(output, index=1, seed=seed, slug=slug)
     if output.named and count > 1:
@@ -72,13 +74,13 @@ def check_output(output: Output, count: int, seed: int, slug: str) -> None:
             f"output {path} names one file, but {count} pictures were asked for: "
             f"give a folder, or a template such as {path.stem}-{{index}}{path.suffix}"
         )
-    if path.is_dir():
-        raise ValueError(f"output {path} is a folder: end it in '/' to put pictures into it")
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise ValueError(f"output name {path.name[:40]}... is longer than {MAX_NAME_BYTES} bytes: give a shorter one")
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: end it in '/' to put pictures into it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".diffusion-"):
+        nearest = next(folder for folder in path.parents if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=STAGED):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
@@ -112,7 +114,7 @@ def save_image(
     output = output if isinstance(output, Output) else parse_output(output)
     path = render(output, index=next_index(output, seed=seed, slug=slug), seed=seed, slug=slug)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".diffusion-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=STAGED)
     staged = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -133,7 +135,8 @@ def next_index(output: Output, *, seed: int, slug: str) -> int:
     folder, pattern = render(output, index=1, seed=seed, slug=slug).parent, _index_pattern(output)
     if pattern is None or not folder.is_dir():
         return 1
-    taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.match(entry.name))]
+    names = [name for name in os.listdir(folder) if not name.startswith(STAGED)]
+    taken = [int(match[1]) for name in names if (match := pattern.match(name))]
     return max(taken, default=0) + 1
 
 

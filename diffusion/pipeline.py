@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-import diffusion
-from diffusion import rng
+from diffusion import __version__, rng
 from diffusion.guidance import classifier_free_guidance
 from diffusion.images import metadata_texts
 from diffusion.models import text
@@ -22,9 +21,6 @@ from diffusion.models.networks import decode, spatial_factor
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale
 from diffusion.schedules import levels
 from diffusion.settings import Limits, Settings, find_model, resolve_dtype
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +96,8 @@ class TextToImage:
         shape = (1, self.model.unet.config.in_channels, height // factor, width // factor)
         return torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
-    def to_diffusers(self) -> "StableDiffusionPipeline":
-        """The stock pipeline over the same weights, with DDIM on our ``trailing`` grid as its scheduler."""
+    def to_diffusers(self) -> Any:
+        """The stock ``StableDiffusionPipeline`` over the same weights, with DDIM on our ``trailing`` grid as its scheduler."""
         return stock_pipeline(self.model)
 
     # --- how
@@ -170,7 +166,7 @@ class TextToImage:
             "model_hash": self.model_hash,
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "device": self.model.unet.device.type,
-            "version": diffusion.__version__,
+            "version": __version__,
             "torch": torch.__version__,
         }
 

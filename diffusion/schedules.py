@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,8 +183,8 @@ def levels(schedule: NoiseSchedule, steps: int, grid: str = "trailing") -> list[
 
 def trailing(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Every (T / steps)-th training time, counted from the noisiest (Lin et al. 2305.08891, table 2)."""
-    stride = schedule.num_timesteps / steps
-    t = schedule.num_timesteps - stride * torch.arange(steps, dtype=torch.float64)
+    # numpy's arange, as in diffusers, for its rounding of ties (937.5 at 48 steps); it sometimes runs one step too far
+    t = torch.from_numpy(np.arange(schedule.num_timesteps, 0, -schedule.num_timesteps / steps)[:steps])
     return t if schedule.continuous else t.round() - 1
 
 

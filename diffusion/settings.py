@@ -104,6 +104,10 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, resolve(getattr(self, name)))
 
+    def seeded(self) -> "Settings":
+        """The same request with a seed: a random one where none was given."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+
     def filled(self, recipe: Defaults) -> "Settings":
         """The same request with every ``None`` answered: by the recipe, a random seed, a batch that fits in memory."""
         known = {item.name: getattr(recipe, item.name) for item in fields(self) if hasattr(recipe, item.name)}
@@ -113,7 +117,7 @@ class Settings:
         return replace(
             self,
             **side,
-            seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+            seed=self.seeded().seed,
             batch_size=min(self.count, batch) if self.batch_size is None else self.batch_size,
         )
 

@@ -269,10 +269,13 @@ def _optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_optimizer(optimizer: Any, module: nn.Module, tensors: Any) -> None:
+    """The moments take their parameter's memory layout: the fused kernel reads both as one flat array."""
     for name, parameter in module.named_parameters():
         if f"{name}.step" in tensors:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+            state = {
+                key: torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")
+            }
+            optimizer.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device), **state}
 
 
 @contextmanager

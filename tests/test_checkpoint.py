@@ -10,7 +10,9 @@ from diffusion.checkpoint import Checkpoint
 
 
 def some(value: float) -> Checkpoint:
-    return Checkpoint({"weights": {"w": torch.full((3,), value)}, "optimizer": {"w.step": torch.tensor(value)}}, {"step": 1})
+    return Checkpoint(
+        {"weights": {"w": torch.full((3,), value)}, "optimizer": {"w.step": torch.tensor(value)}}, {"step": 1}
+    )
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -24,7 +24,13 @@ def test_all_faults_are_told_at_once(write):
     lines = str(error.value).splitlines()
     assert len(lines) == 5
     text = str(error.value)
-    for part in ("train.steps", "train.stepz: unknown key; did you mean train.steps?", "train.precision", "train.lr", "seed"):
+    for part in (
+        "train.steps",
+        "train.stepz: unknown key; did you mean train.steps?",
+        "train.precision",
+        "train.lr",
+        "seed",
+    ):
         assert part in text
 
 

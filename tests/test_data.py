@@ -21,7 +21,9 @@ def folder(tmp_path):
     for n in range(8):
         Image.new("RGB", (16, 16), (n * 30, 0, 255 - n * 30)).save(tmp_path / f"{n}.png")
         base, split = ("pair" if n < 2 else f"base {n}"), ("held_out" if n == 7 else "train")
-        rows.append({"file_name": f"{n}.png", "text": f"thing {n}", "keywords": ["k", f"w{n}"], "base": base, "split": split})
+        rows.append(
+            {"file_name": f"{n}.png", "text": f"thing {n}", "keywords": ["k", f"w{n}"], "base": base, "split": split}
+        )
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return tmp_path
 
@@ -34,7 +36,12 @@ def test_splits_do_not_mix(folder):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1"), ('{"text": "x"}', "file_name"), ('{"file_name": "no.png", "text": "x"}', r"no\.png"), ("", "no picture")],
+    [
+        ("{", "line 1"),
+        ('{"text": "x"}', "file_name"),
+        ('{"file_name": "no.png", "text": "x"}', r"no\.png"),
+        ("", "no picture"),
+    ],
 )
 def test_a_bad_listing_says_what_is_wrong(tmp_path, line, message):
     (tmp_path / "metadata.jsonl").write_text(line)

@@ -15,7 +15,9 @@ def test_a_draw_depends_on_its_name_alone():
     assert np.array_equal(whole[[200, 3]], rng.normal(7, "noise", [200, 3], 3, shape=(4, 5)))
 
 
-@pytest.mark.parametrize("other", [(8, "noise", 1, 2, 3), (7, "time", 1, 2, 3), (7, "noise", 2, 2, 3), (7, "noise", 1, 2, 4)])
+@pytest.mark.parametrize(
+    "other", [(8, "noise", 1, 2, 3), (7, "time", 1, 2, 3), (7, "noise", 2, 2, 3), (7, "noise", 1, 2, 4)]
+)
 def test_other_names_give_other_values(other):
     assert not np.array_equal(rng.bits(7, "noise", 1, 2, 3, size=4), rng.bits(*other, size=4))
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -12,26 +12,40 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions, for the CLIP tokenizer.
+    """Learn a byte-pair vocabulary from captions, for the CLIP tokenizer. The same captions give the same vocabulary.
 
     The layout is CLIP's: 256 bytes, the same 256 as word ends, the merges, then the two markers. Every text can be
     spelled, since every byte is a token.
     """
-    blank = CLIPTokenizer()  # brings CLIP's own normalisation and word splitting to the trainer
-    word_counts = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    word_counts.normalizer = blank.backend_tokenizer.normalizer
-    word_counts.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, end_of_word_suffix="</w>", min_frequency=2, show_progress=False, initial_alphabet=[]
-    )
-    word_counts.train_from_iterator(sorted(captions), trainer)
     alphabet = _byte_alphabet()
-    tokens = [*alphabet, *(char + "</w>" for char in alphabet)]
-    merges = [tuple(pair) for pair in json.loads(word_counts.to_str())["model"]["merges"]][
-        : vocab_size - 2 - len(tokens)
+    # The trainer numbers characters in order, but word ends as it meets them, in an order that changes from run to run,
+    # and breaks ties between merges by number. So each word end is a character of its own while it learns.
+    ends = {char: chr(0xE000 + index) for index, char in enumerate(alphabet)}
+    split = CLIPTokenizer().backend_tokenizer  # CLIP's own normalisation and word splitting
+    lines = (
+        " ".join(word[:-1] + ends[word[-1]] for word, _ in split.pre_tokenizer.pre_tokenize_str(text))
+        for text in map(split.normalizer.normalize_str, sorted(captions))
+    )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=[*alphabet, *ends.values()],
+    )
+    learner.train_from_iterator(lines, trainer)
+    spelled = str.maketrans({end: char + "</w>" for char, end in ends.items()})
+    pairs = json.loads(learner.to_str())["model"]["merges"]
+    merges = [(first.translate(spelled), second.translate(spelled)) for first, second in pairs]
+    tokens = [
+        *alphabet,
+        *(char + "</w>" for char in alphabet),
+        *(first + second for first, second in merges),
+        START,
+        END,
     ]
-    tokens += [first + second for first, second in merges]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 

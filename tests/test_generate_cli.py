@@ -1,0 +1,348 @@
+"""generate.py as its users meet it: flags, exit codes, what goes to which stream, and what is loaded when."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.cli.generate import run
+from diffusion.images import read_metadata
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "PIL", "pydantic", "transformers", "diffusers", "tqdm")
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(line) for line in self.out.splitlines()]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def draw(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
+    """The command in this process, on the tiny model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: str, model: Path = tiny_model) -> Said:
+        code = run([*(["--model", str(model)] if model else []), *words], prog="generate.py")
+        return Said(code, *capsys.readouterr())
+
+    return command
+
+
+def made(path: Path) -> dict[str, Any]:
+    return read_metadata(path)["diffusion"]
+
+
+# --- what is drawn
+
+
+def test_a_prompt_makes_one_picture_and_its_path_is_all_of_stdout(draw: Command) -> None:
+    said = draw("a red apple")
+    (path,) = said.paths
+    seed = made(path)["seed"]
+    assert said.code == 0
+    assert str(path) == f"outputs/00001-{seed}-a-red-apple.png"
+    assert f"seed {seed}" in said.err  # it was drawn, so it is told
+    assert said.err.count("\n") == 1  # and no bar where nobody watches
+    assert Image.open(path).size == (16, 16)
+
+
+FLAGS = [
+    (["--negative-prompt", "blue boat"], {"negative_prompt": "blue boat"}),
+    (["--negative_prompt=blue_boat --x"], {"negative_prompt": "blue_boat --x"}),
+    (["-n", ""], {"negative_prompt": ""}),
+    (["--seed", "5"], {"seed": 5}),
+    (["-s0"], {"seed": 0}),
+    (["--steps", "2"], {"steps": 2}),
+    (["--guidance-scale", "2.5"], {"guidance_scale": 2.5}),
+    (["--guidance_scale", "0"], {"guidance_scale": 0.0}),
+    (["--cfg", "1"], {"guidance_scale": 1.0}),
+    (["--cfg-scale=4"], {"guidance_scale": 4.0}),
+    (["--cfg_scale=4"], {"guidance_scale": 4.0}),
+    (["--sampler", "DPM++ 2M"], {"sampler": "dpmpp_2m"}),
+    (["--schedule", "Karras"], {"schedule": "karras"}),
+    (["--width", "32"], {"width": 32, "height": 16}),
+    (["-W", "32", "-H", "24"], {"width": 32, "height": 24}),
+    (["--height", "32"], {"width": 16, "height": 32}),
+    (["--size", "24x32"], {"width": 24, "height": 32}),
+    (["--device", "cpu"], {"device": "cpu"}),
+    (["--device", "auto", "--dtype", "bf16"], {"dtype": "bfloat16"}),
+    (["--batch-size", "1", "--num_images", "1"], {}),
+    (["--batch_size", "1"], {}),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), FLAGS, ids=lambda value: " ".join(value) if value else "")
+def test_every_flag_reaches_the_picture(draw: Command, words: list[str], expected: dict[str, Any]) -> None:
+    said = draw("a red apple", *words)
+    assert said.code == 0, said.err
+    record = made(said.paths[0])
+    assert {name: record[name] for name in expected} == expected
+    assert Image.open(said.paths[0]).size == (record["width"], record["height"])
+
+
+def test_prompts_may_stand_anywhere(draw: Command) -> None:
+    said = draw("red", "--seed", "3", "green", "--prompt", "blue", "-p", "_x_", "--steps", "1", "--", "-dash")
+    assert said.code == 0, said.err
+    assert [made(path)["prompt"] for path in said.paths] == ["red", "green", "-dash", "blue", "_x_"]
+    assert {made(path)["seed"] for path in said.paths} == {3}
+
+
+def test_picture_k_of_a_call_is_the_picture_of_seed_plus_k(draw: Command) -> None:
+    several = draw("cat", "--seed", "5", "--num-images", "3", "--batch-size", "2", "--sampler", "euler_ancestral")
+    assert [made(path)["seed"] for path in several.paths] == [5, 6, 7]
+    alone = draw("cat", "--seed", "7", "--sampler", "euler_ancestral")
+    assert Image.open(several.paths[2]).tobytes() == Image.open(alone.paths[0]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("apple.png", ["apple.png"]),
+        ("new/deep/apple.jpg", ["new/deep/apple.jpg"]),
+        ("apple.webp", ["apple.webp"]),
+        ("folder", ["folder/00001-5-red-apple.png"]),
+        ("folder/", ["folder/00001-5-red-apple.png"]),
+        ("{seed}/{slug}-{index}.png", ["5/red-apple-1.png"]),
+    ],
+)
+def test_output(draw: Command, output: str, expected: list[str]) -> None:
+    said = draw("red apple", "-s", "5", "--steps", "1", "-o", output)
+    assert said.code == 0, said.err
+    assert [str(path) for path in said.paths] == expected
+    assert read_metadata(expected[0])["parameters"].startswith("red apple\n")
+
+
+def test_only_a_file_that_was_named_is_overwritten(draw: Command) -> None:
+    words = ("red apple", "--steps", "1", "-s")
+    first, second = (draw(*words, "1", "-o", "x.png") for _ in range(2))
+    assert first.paths == second.paths
+    assert len({path for _ in range(2) for path in draw(*words, "1", "-o", "{slug}.png").paths}) == 2
+    assert [path.name[:5] for _ in range(2) for path in draw(*words, "1").paths] == ["00001", "00002"]
+
+
+def test_no_metadata(draw: Command) -> None:
+    said = draw("red apple", "--no-metadata", "--steps", "1")
+    assert read_metadata(said.paths[0]) == {}
+
+
+def test_quiet_says_only_the_paths(draw: Command) -> None:
+    said = draw("red apple", "--quiet", "--steps", "1")
+    assert (said.code, said.err) == (0, "")
+    assert said.paths[0].is_file()
+
+
+def test_json_is_one_event_a_line(draw: Command) -> None:
+    said = draw("red apple", "--json", "--steps", "2", "--seed", "4", "--num-images", "3", "--batch-size", "2")
+    assert (said.code, said.err) == (0, "")
+    kinds = ["start", "step", "step", "image", "image", "step", "step", "image"]
+    assert [event["event"] for event in said.events] == kinds
+    assert said.events[0]["seed"] == 4
+    assert [(event["index"], event["total"]) for event in said.events if event["event"] == "step"] == [
+        (1, 2),
+        (2, 2),
+    ] * 2
+    images = [event for event in said.events if event["event"] == "image"]
+    assert [event["seed"] for event in images] == [4, 5, 6]
+    assert [hashlib.sha256(Path(event["path"]).read_bytes()).hexdigest() for event in images] == [
+        event["sha256"] for event in images
+    ]
+
+
+def test_a_dry_run_writes_nothing(draw: Command, tmp_path: Path) -> None:
+    said = draw("red apple", "--dry-run", "--steps", "3", "--sampler", "Euler a", "-o", "new/")
+    assert (said.code, said.out) == (0, "")
+    assert "euler_ancestral" in said.err
+    assert list(tmp_path.iterdir()) == []
+    events = draw("red apple", "--dry_run", "--json").events
+    assert [event["event"] for event in events] == ["start"]
+
+
+def test_a_dry_run_finds_what_a_run_would(draw: Command) -> None:
+    assert draw("apple " * 30, "--dry-run").code == 2
+
+
+# --- what cannot be drawn
+
+WRONG = [
+    ([], "no prompt"),
+    (["a", "--setps", "3"], "did you mean '--steps'"),
+    (["a", "--num_imags=3"], "did you mean '--num-images'"),
+    (["a", "--step", "3"], "did you mean '--steps'"),
+    (["a", "-x"], "-x"),
+    (["a", "--steps"], "--steps"),
+    (["a", "--steps", "many"], "'many'"),
+    (["a", "--steps", "0"], "steps must be at least 1, got 0"),
+    (["a", "--steps", "-3"], "steps must be at least 1, got -3"),
+    (["a", "--steps", "1001"], "1000 noise levels"),
+    (["a", "--seed", "-1"], "seed must be at least 0"),
+    (["a", "--cfg", "nan"], "finite"),
+    (["a", "--cfg=-inf"], "finite"),
+    (["a", "--cfg", "-1"], "at least 0"),
+    (["a", "--sampler", "eulr"], "did you mean 'euler'"),
+    (["a", "--schedule", "karas"], "did you mean 'karras'"),
+    (["a", "--width", "15"], "width 15 is not a multiple of 2"),
+    (["a", "--size", "16x15"], "height 15 is not a multiple of 2"),
+    (["a", "--size", "big"], "'big'"),
+    (["a", "--size", "16x16", "--width", "16"], "give one of them"),
+    (["a", "--num-images", "0"], "at least 1"),
+    (["a", "--batch-size", "0"], "at least 1"),
+    (["a", "--device", "cdua"], "did you mean 'cuda'"),
+    (["a", "--dtype", "fp61"], "did you mean 'fp16'"),
+    (["a", "--device", "cpu", "--dtype", "fp16"], "use float32 or bfloat16"),
+    (["a", "--dtype", "fp16"], "use float32 or bfloat16"),
+    (["apple " * 30], "30 tokens long, but this text encoder reads 22"),
+    (["a", "-n", "apple " * 30], "30 tokens long"),
+    (["a", "--model", "nowhere"], "'nowhere' not found"),
+    (["a", "--model", "."], "is not a model folder"),
+    (["a", "-o", "x.gif"], "must end in one of"),
+    (["a", "-o", "{sed}.png"], "unknown field {sed}"),
+    (["a", "b", "-o", "x.png"], "names one file, but 2 pictures"),
+    (["a", "-o", "/proc/nowhere/x.png"], "/proc/nowhere is not writable"),
+    (["a", "-o", "y" * 300 + ".png"], "longer than 255 bytes"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=lambda value: " ".join(value)[:40] if value else "none")
+def test_a_wrong_request_is_answered_in_one_line(draw: Command, tmp_path: Path, words: list[str], message: str) -> None:
+    if words[1:2] == ["--dtype"] and torch.cuda.is_available():
+        pytest.skip("half precision is right on this machine")
+    said = draw(*words)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("generate.py: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_request_is_an_event_too(draw: Command) -> None:
+    said = draw("a", "--json", "--steps", "0")
+    assert said.code == 2
+    assert [event["event"] for event in said.events] == ["error"]
+    assert "steps" in said.events[0]["message"]
+
+
+# --- what goes wrong on the way
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [FloatingPointError("not finite"), RuntimeError("two\nlines"), ValueError("shape"), KeyError("x"), OSError("full")],
+    ids=repr,
+)
+def test_a_failure_while_running_is_one_line_and_1(
+    draw: Command, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("diffusion.pipeline.decode", fail)
+    said = draw("a", "--quiet", "--steps", "1")
+    assert (said.code, said.out) == (1, "")
+    assert said.err.startswith("generate.py: ")
+    assert said.err.count("\n") == 1
+
+
+def test_no_black_picture_is_a_success(draw: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("diffusion.pipeline.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
+    said = draw("a", "--json", "--steps", "1")
+    assert said.code == 1
+    assert said.events[-1]["event"] == "error"
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_weights_that_are_not_finite_are_a_failure(draw: Command, tiny_model: Path, tmp_path: Path) -> None:
+    from diffusion.models.folder import load_model, save_model
+
+    broken = load_model(tiny_model)
+    broken.unet.conv_out.weight.data.fill_(float("nan"))
+    save_model(broken, tmp_path / "broken")
+    said = draw("a", "--quiet", model=tmp_path / "broken")
+    assert (said.code, said.out) == (1, "")
+    assert "not finite" in said.err
+
+
+def test_pictures_of_finished_batches_stay_and_ctrl_c_is_130(draw: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion import pipeline
+
+    decode, calls = pipeline.decode, []
+
+    def interrupted(vae: Any, latents: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return decode(vae, latents)
+
+    monkeypatch.setattr(pipeline, "decode", interrupted)
+    said = draw("a", "--steps", "1", "--num-images", "3", "--batch-size", "1")
+    assert said.code == 130
+    assert len(said.paths) == 1
+    assert said.paths[0].is_file()
+    assert "Traceback" not in said.err
+
+
+# --- the process
+
+
+def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # the command sees to its own silence
+    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "generate.py")]), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["-h"], ["a", "--setps", "3"], ["a", "--sampler", "eulr"], ["a", "--steps", "0"], []], ids=str
+)
+def test_nothing_heavy_is_loaded_for_a_quick_answer(words: list[str]) -> None:
+    code = (
+        "import sys; from diffusion.cli.generate import run\n"
+        "try: run(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        f"sys.exit(str([name for name in {HEAVY} if name in sys.modules]) if set({HEAVY}) & set(sys.modules) else 0)"
+    )
+    done = process(code, *words)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_flag() -> None:
+    done = process("", "--help")
+    assert done.returncode == 0
+    names = {
+        word for words, _ in FLAGS for word in words if word.startswith("--") and "_" not in word and "=" not in word
+    }
+    for flag in names | {"--json", "--dry-run", "--no-metadata", "--quiet", "--prompt", "--model", "--output"}:
+        assert flag in done.stdout
+
+
+def test_the_script_draws(tiny_model: Path, tmp_path: Path) -> None:
+    done = process("", "a red apple", "--model", str(tiny_model), "-s", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / done.stdout.strip()).is_file()
+
+
+def test_the_installed_command_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    code = "import sys; from diffusion.cli import main; sys.exit(main())"
+    done = process(code, "generate", "a", "--model", str(tiny_model), "--steps", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "diffusion generate: steps must be at least 1, got 0\n"

@@ -1,0 +1,93 @@
+"""Networks, tokenizer and the model folder."""
+
+import pytest
+import torch
+
+from diffusion.models import networks, text
+from diffusion.models.folder import Forward
+from diffusion.models.group_norm import speed_up_group_norm
+
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_fast_group_norm_has_the_gradients_of_the_stock_one(layout):
+    torch.manual_seed(0)
+    stock = torch.nn.GroupNorm(3, 12).double()
+    torch.nn.init.normal_(stock.weight)
+    x = torch.randn(2, 12, 5, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    upstream = torch.randn(2, 12, 5, 7, dtype=torch.float64)  # not channels-last: a layout that backward must bear
+    expected = torch.autograd.grad(stock(x), [x, stock.weight, stock.bias], upstream)
+    reference = stock(x).detach()
+    speed_up_group_norm(stock)
+    y = stock(x)
+    assert torch.allclose(y, reference, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(y, [x, stock.weight, stock.bias], upstream), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # the sums over space are float32
+
+
+def test_normalising_latents_changes_no_reconstruction():
+    torch.manual_seed(0)
+    vae = networks.build_autoencoder(VAE).double().eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        decoded = vae.decode(before.mean).sample
+        mean, std = torch.randn(4).double(), torch.rand(4).double() + 0.5
+        networks.normalize_latents(vae, mean, std)
+        after = vae.encode(x).latent_dist
+        assert torch.allclose(after.mean, (before.mean - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+        assert torch.allclose(after.std, before.std / std.view(-1, 1, 1))
+        assert torch.allclose(vae.decode(after.mean).sample, decoded)
+    assert vae.config.scaling_factor == 1.0
+
+
+def test_a_mistyped_argument_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'block_out_channels'"):
+        networks.build_autoencoder(VAE | {"block_out_channel": [8]})
+
+
+def test_the_tokenizer_spells_everything_and_survives_its_files(tmp_path):
+    tokenizer = text.train_tokenizer(["red apple", "green apple", "red car"] * 3, 530, 12)
+    text.save_tokenizer(tokenizer, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    again = text.load_tokenizer(tmp_path)
+    for caption in ("Red apple", "ÿ ☂ 猫", ""):
+        assert again(caption).input_ids == tokenizer(caption).input_ids
+        assert again.unk_token_id not in again(caption).input_ids[1:-1]
+    assert len(tokenizer) <= 530
+    assert len(tokenizer("apple").input_ids) < len(tokenizer("zebra").input_ids)
+    ids = text.tokenize(again, ["red apple", ""])
+    assert ids.shape == (2, 12)
+
+
+def test_the_same_captions_give_the_same_vocabulary():
+    captions = [f"{a} {b}" for a in ("red", "blue", "green", "pale") for b in ("cat", "car", "boat", "bear", "tree")]
+    vocabularies = [text.train_tokenizer(captions, 560, 12).get_vocab() for _ in range(8)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_not_cut():
+    tokenizer = text.train_tokenizer(["red apple"] * 3, 530, 12)
+    with pytest.raises(ValueError, match=r"30 tokens long, but this text encoder reads 10"):
+        text.tokenize(tokenizer, ["xyz" * 10])
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_the_forward_process_survives_the_stock_format(beta_schedule, zero_terminal_snr):
+    from diffusers import DDIMScheduler
+
+    forward = Forward(beta_schedule=beta_schedule, zero_terminal_snr=zero_terminal_snr, prediction="v_prediction")
+    assert Forward.from_diffusers(forward.to_diffusers()) == forward
+    stock = DDIMScheduler.from_config(forward.to_diffusers())
+    alpha, _ = forward.schedule().level_at(torch.arange(1000))
+    assert torch.allclose(alpha.float() ** 2, stock.alphas_cumprod, atol=2e-6)

@@ -1,0 +1,240 @@
+"""The loop: it learns, it is exact when split or resumed, and it stops before a NaN spreads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion import TextToImage, config, trainer
+from diffusion.config import Train
+from diffusion.data.dataset import to_tensor
+from diffusion.data.source import read_folder, read_pixels
+from diffusion.ema import Ema
+from diffusion.models.folder import load_vae
+from diffusion.tasks import encode_pixels
+
+ROOT = Path(__file__).parents[1]
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+    "sample_size": 16,
+}
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [16],
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder of pictures and a trained autoencoder."""
+    home = tmp_path_factory.mktemp("training")
+    colours = ["red", "green", "blue", "yellow", "black", "white", "cyan", "magenta", "orange", "gray"]
+    rows = []
+    for colour in colours:
+        picture = Image.new("RGB", (16, 16), "white")
+        picture.paste(colour, (4, 4, 12, 12))
+        picture.save(home / f"{colour}.png")
+        rows.append({"file_name": f"{colour}.png", "text": f"{colour} square", "keywords": [colour]})
+    (home / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trainer.train(autoencoder(home), quiet=True)
+    return home
+
+
+def autoencoder(home):
+    return config.validate(
+        {
+            "task": "autoencoder",
+            "name": "ae",
+            "output": str(home / "runs"),
+            "data": {"path": str(home), "size": 16, "crop": 8},
+            "model": {"vae": VAE},
+            "train": {"steps": 60, "batch_size": 8, "lr": 1e-2, "precision": "fp32", "log_every": 10, "ema": 0.9},
+        }
+    )
+
+
+def denoiser(home, name, **train):
+    settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "lr_schedule": "linear", "precision": "fp32", "log_every": 1}
+    return config.validate(
+        {
+            "task": "text_to_image",
+            "name": name,
+            "output": str(home / "runs"),
+            "data": {"path": str(home), "size": 16, "captions": {"keywords": 0.3, "dropout": 0.2, "fillers": ["a"]}},
+            "model": {
+                "autoencoder": str(home / "runs/ae/model"),
+                "tokenizer": {"vocab_size": 600, "max_length": 12},
+                "text_encoder": TEXT,
+                "unet": UNET,
+                "prediction": "v_prediction",
+                "zero_terminal_snr": True,
+                "beta_schedule": "cosine",
+            },
+            "train": settings | train,
+            "recipe": {"steps": 2, "prompts": ["red square"]},
+        }
+    )
+
+
+def weights(folder):
+    path = trainer.checkpoint.latest(folder / "checkpoints")
+    return {name: load_file(path / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
+
+
+def metrics(folder, name="loss"):
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(one, other):
+    return max(
+        ((one[g][k] - other[g][k]).abs().max() / (1e-6 + one[g][k].abs().max())).item() for g in one for k in one[g]
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """A run that nothing interrupts."""
+    run = denoiser(home, "straight")
+    trainer.train(run, quiet=True)
+    return run.folder
+
+
+def test_the_autoencoder_learns_and_its_latents_have_unit_variance(home):
+    rows = [json.loads(line) for line in (home / "runs/ae/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    vae = load_vae(home / "runs/ae/model")
+    pixels = torch.cat([to_tensor(read_pixels(p.file, 16)[None]) for p in read_folder(home)])
+    mean, _ = encode_pixels(vae, pixels)
+    assert mean.mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (mean.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+    assert vae.config.scaling_factor == 1.0
+
+
+def test_what_train_writes_generate_reads(straight):
+    model = TextToImage.load(straight / "model")
+    assert model.model.recipe.steps == 2
+    (image,) = model("red square", seed=1)
+    assert image.size == (16, 16)
+    assert {p.name for p in straight.iterdir()} >= {"config.yaml", "metrics.jsonl", "model", "samples", "checkpoints"}
+    assert config.load(straight / "config.yaml").folder == straight
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(home, straight, monkeypatch, stop_after):
+    run = denoiser(home, f"stopped-{stop_after}")
+    finish_step = trainer.Run.finish_step
+
+    def finish_and_stop(self, step, loss, norm):
+        finish_step(self, step, loss, norm)
+        self.stop = step + 1 == stop_after
+
+    monkeypatch.setattr(trainer.Run, "finish_step", finish_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(run, quiet=True)
+    monkeypatch.undo()
+    trainer.train(run, quiet=True)
+    assert difference(weights(straight), weights(run.folder)) == 0
+    assert metrics(run.folder) == metrics(straight)
+    assert len(metrics(straight)) == 6
+
+
+def test_accumulation_changes_nothing(home, straight):
+    run = denoiser(home, "accumulated", micro_batch=2)
+    trainer.train(run, quiet=True)
+    assert metrics(run.folder) == pytest.approx(metrics(straight), rel=1e-5)
+    assert metrics(run.folder, "grad_norm") == pytest.approx(metrics(straight, "grad_norm"), rel=1e-4)
+
+
+def test_data_workers_change_nothing(home, straight):
+    run = denoiser(home, "workers", workers=2)
+    trainer.train(run, quiet=True)
+    assert difference(weights(straight), weights(run.folder)) == 0
+
+
+def test_two_processes_agree_with_one(home, straight):
+    run = denoiser(home, "two")
+    file = home / "two.yaml"
+    file.write_text(config.dump(run))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train.py"), str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(run.folder) == pytest.approx(metrics(straight), rel=1e-5)
+    assert metrics(run.folder, "grad_norm") == pytest.approx(metrics(straight, "grad_norm"), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
+    run = denoiser(home, "nan")
+    forward = trainer.tasks.DenoisingLoss.forward
+    calls = []
+
+    def break_third(self, batch):
+        calls.append(1)
+        return forward(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", break_third)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        trainer.train(run, quiet=True)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run.folder)["weights"].values())
+
+
+def test_a_batch_that_does_not_split_is_refused(home):
+    with pytest.raises(ValueError, match="does not split"):
+        trainer.train(denoiser(home, "odd", micro_batch=3), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"), [("constant", [1, 1]), ("linear", [0.5, 0.125]), ("cosine", [0.5, 0.0380602])]
+)
+def test_learning_rate(schedule, values):
+    train = Train(lr=1.0, steps=90, warmup=10, lr_schedule=schedule)
+    assert trainer.learning_rate(train, 0) == pytest.approx(0.1)
+    assert trainer.learning_rate(train, 9) == pytest.approx(1)
+    assert [trainer.learning_rate(train, step) for step in (50, 80)] == pytest.approx(values)
+
+
+def test_ema_follows_and_is_put_back():
+    module = torch.nn.Linear(2, 1)
+    ema = Ema(module, 0.9)
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight += 1
+    ema.update(module, 10_000)
+    assert torch.allclose(ema.weights["weight"], before + 0.1)
+    with pytest.raises(RuntimeError), ema.applied(module):
+        assert torch.equal(module.weight, ema.weights["weight"])
+        raise RuntimeError
+    assert torch.equal(module.weight, before + 1)
+    ema.update(module, 1)  # early on it forgets fast: decay 1 - 2^-0.75
+    assert torch.allclose(ema.weights["weight"], before + 0.1 + 0.9 * 2**-0.75)
