@@ -97,7 +97,7 @@ class TextToImage:
         return torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
     def to_diffusers(self) -> Any:
-        """The stock ``StableDiffusionPipeline`` over the same weights, with DDIM on our ``trailing`` grid as its scheduler."""
+        """The stock ``StableDiffusionPipeline`` over these weights, with DDIM on our ``trailing`` grid."""
         return stock_pipeline(self.model)
 
     # --- how

@@ -19,7 +19,7 @@ def write(tmp_path):
 
 def test_all_faults_are_told_at_once(write):
     file = write(MINIMAL + "train: {steps: true, stepz: 4, precision: fp12, lr: -1}\nseed: 1.5\n")
-    with pytest.raises(ValueError, match="run.yaml") as error:
+    with pytest.raises(ValueError, match=r"run\.yaml") as error:
         config.load(file)
     lines = str(error.value).splitlines()
     assert len(lines) == 5
