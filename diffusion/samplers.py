@@ -14,7 +14,6 @@ x twice as fast and puts fresh noise in its place. Coefficients are Python float
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.schedules import GRIDS, Level, unknown
+from diffusion.schedules import Level
 
 Denoise = Callable[[Tensor, Level], Tensor]
 """denoise(x, level): the estimate of x0, of x's shape, from x at that level."""
@@ -286,45 +285,3 @@ SAMPLERS: dict[str, Sampler] = {
     "deis": deis,
     "lcm": lcm,
 }
-
-# Names of A1111 and diffusers that are not ours once spelled alike ("DPM++ 2M SDE" is: see `_letters`).
-_SAMPLER_ALIASES = {
-    "Euler a": "euler_ancestral",
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSDEScheduler": "dpmpp_sde",
-    "UniPCMultistepScheduler": "unipc",
-    "DEISMultistepScheduler": "deis",
-    "LCMScheduler": "lcm",
-}
-
-
-def resolve(name: str) -> str:
-    """The key in SAMPLERS for our name, a diffusers class or an A1111 name, in any case and spacing.
-
-    A grid at the end of the name is allowed and dropped ("DPM++ 2M Karras"); `resolve_with_grid` returns it.
-    Raises ValueError for a name that is none of these, with the nearest one that is.
-    """
-    return resolve_with_grid(name)[0]
-
-
-def resolve_with_grid(name: str) -> tuple[str, str | None]:
-    """(key in SAMPLERS, key in GRIDS or None): "DPM++ 2M Karras" is ("dpmpp_2m", "karras"). Raises as `resolve`."""
-    known = {_letters(alias): key for alias, key in [*_SAMPLER_ALIASES.items(), *zip(SAMPLERS, SAMPLERS, strict=True)]}
-    letters = _letters(name)
-    for grid in [None, *GRIDS]:
-        sampler = letters.removesuffix(_letters(grid)) if grid else letters
-        if sampler in known:
-            return known[sampler], grid
-    raise unknown("sampler", name, SAMPLERS)
-
-
-def _letters(name: str) -> str:
-    """What is compared of a name: "DPM++ 2M SDE" and "dpmpp_2m_sde" are both "dpmpp2msde"."""
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))

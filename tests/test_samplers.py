@@ -102,6 +102,7 @@ def network(x: Tensor, level: Level, prediction: str) -> Tensor:
 
 def make(name: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Any:
     """A diffusers scheduler. One module imports torchsde, in whose place `brownian` makes the noise."""
+    importlib.import_module("diffusers")  # it looks for torchsde by itself, and must not meet the stand-in
     monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
     scheduler = next(
