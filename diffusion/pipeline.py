@@ -35,6 +35,11 @@ class Progress:
     images: list[Image.Image] | None  # at the last step of a batch, its pictures
     _vae: Any
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture in the batch."""
+        return [seed for _, seed in self.pictures]
+
     def preview(self) -> list[Image.Image]:
         """What the pictures look like so far: the estimate, decoded."""
         return decode(self._vae, self.denoised)
@@ -172,11 +177,13 @@ class TextToImage:
 
     @cached_property
     def model_hash(self) -> str:
-        """Ten hexadecimal digits of the SHA-256 of the U-Net's file, or of its weights where it has none."""
+        """Ten hexadecimal digits of the SHA-256 of the folder's weight files, or of the U-Net where it has none."""
         digest = hashlib.sha256()
-        files = sorted((self.model.path / "unet").glob("*.safetensors")) if self.model.path else []
+        files = sorted(self.model.path.glob("*/*.safetensors")) if self.model.path else []
         for file in files:
-            digest.update(file.read_bytes())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
         if not files:
             for weight in self.model.unet.state_dict().values():
                 digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

@@ -39,6 +39,8 @@ SCHEDULES = {
 SCHEDULER_CLASSES = {  # diffusers' class, in lower case without its ending -> our name
     "eulerdiscrete": "euler",
     "eulerancestraldiscrete": "euler_ancestral",
+    "flowmatcheulerdiscrete": "euler",
+    "flowmatchheundiscrete": "heun",
     "heundiscrete": "heun",
     "dpmsolvermultistep": "dpmpp_2m",
     "dpmsolversde": "dpmpp_sde",
@@ -100,9 +102,12 @@ class Settings:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"seed {self.seed} is too large: picture k has seed + k, which must not pass {MAX_SEED}")
         _check_guidance(self.guidance_scale)
-        for name, resolve in (("sampler", resolve_sampler), ("schedule", resolve_schedule)):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, resolve(getattr(self, name)))
+        schedule = None if self.schedule is None else resolve_schedule(self.schedule)
+        if self.sampler is not None:
+            sampler, implied = resolve_sampler(self.sampler)
+            object.__setattr__(self, "sampler", sampler)
+            schedule = implied if schedule is None else schedule
+        object.__setattr__(self, "schedule", schedule)
 
     def seeded(self) -> "Settings":
         """The same request with a seed: a random one where none was given."""
@@ -153,14 +158,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)} ({kind}s: {', '.join(known)})")
 
 
-def resolve_sampler(name: str) -> str:
-    """Our name of a sampler, from ours, AUTOMATIC1111's or diffusers' class name. ValueError for any other."""
+def resolve_sampler(name: str) -> tuple[str, str | None]:
+    """Our name of a sampler, from ours, AUTOMATIC1111's or diffusers' class name, and the schedule at its end, if any.
+
+    ``"DPM++ 2M Karras"`` is ``("dpmpp_2m", "karras")``. Raises ValueError for any other name.
+    """
     names = {_plain(label): ours for ours, label in SAMPLERS.items()} | {_plain(ours): ours for ours in SAMPLERS}
     names |= SCHEDULER_CLASSES
-    found = names.get(_plain(name).removesuffix("scheduler"))
-    if found is None:
-        raise unknown("sampler", name, SAMPLERS)
-    return found
+    plain = _plain(name).removesuffix("scheduler")
+    for schedule in (None, *SCHEDULES):
+        sampler = plain if schedule is None else plain.removesuffix(_plain(schedule))
+        if sampler in names:
+            return names[sampler], schedule
+    raise unknown("sampler", name, SAMPLERS)
 
 
 def resolve_schedule(name: str) -> str:

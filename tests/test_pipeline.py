@@ -228,3 +228,23 @@ def test_names_mean_the_samplers_and_grids_that_exist() -> None:
 
     assert set(settings.SAMPLERS) == set(samplers.SAMPLERS)
     assert set(settings.SCHEDULES) == set(schedules.GRIDS)
+
+
+def test_the_command_line_and_the_samplers_understand_the_same_names() -> None:
+    from diffusion import samplers
+
+    names = [*settings.SAMPLERS, *settings.SAMPLERS.values(), *samplers._SAMPLER_ALIASES, "DPM++ 2M SGM Uniform"]
+    for name in [*names, *(f"{label} Karras" for label in settings.SAMPLERS.values())]:
+        assert settings.resolve_sampler(name) == samplers.resolve_with_grid(name)
+    assert Settings(prompts=("a",), sampler="DPM++ 2M Karras").schedule == "karras"
+    assert Settings(prompts=("a",), sampler="DPM++ 2M Karras", schedule="beta").schedule == "beta"
+
+
+def test_the_model_hash_knows_every_part(tiny: TextToImage, tiny_model: Path, tmp_path: Path) -> None:
+    from diffusion.models.folder import save_model
+
+    changed = load_model(tiny_model)
+    with torch.no_grad():
+        changed.text_encoder.get_input_embeddings().weight.add_(1)
+    save_model(changed, tmp_path / "tiny")
+    assert TextToImage.load(tmp_path / "tiny", "cpu").model_hash != tiny.model_hash
