@@ -21,12 +21,11 @@ from diffusion.samplers import (
     deis,
     dpmpp_3m_sde,
     initial_scale,
-    resolve,
-    resolve_with_grid,
     transfer,
 )
 from diffusion.schedules import (
     CLEAN,
+    GRIDS,
     DiscreteSchedule,
     FlowSchedule,
     Level,
@@ -35,6 +34,8 @@ from diffusion.schedules import (
     rescale_zero_terminal_snr,
     scaled_linear_betas,
 )
+from diffusion.settings import SAMPLERS as SAMPLER_NAMES
+from diffusion.settings import resolve_sampler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD_BETAS = scaled_linear_betas(1000, 0.00085, 0.012)
@@ -49,7 +50,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "flow": FlowSchedule(),
     "shifted_flow": FlowSchedule(shift=3.0),
 }
-GRIDS = {name: levels(schedule, 12) for name, schedule in SCHEDULES.items()} | {"variance_exploding": VE_LEVELS}
+LEVELS = {name: levels(schedule, 12) for name, schedule in SCHEDULES.items()} | {"variance_exploding": VE_LEVELS}
 
 
 def gaussian(mean: float, std: float) -> Denoise:
@@ -228,15 +229,16 @@ def test_deis_of_order_3_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_one_point_of_data_is_reached_exactly(name: str, grid: list[Level]) -> None:
+@pytest.mark.parametrize("spacing", [*GRIDS, "variance_exploding"])
+def test_one_point_of_data_is_reached_exactly(name: str, spacing: str) -> None:
     point = noise(1, 1)
-    x = run(SAMPLERS[name], lambda x, _: point, start(grid), grid)
-    torch.testing.assert_close(x, point, rtol=0, atol=1e-12)
+    for grid in [levels(s, 12, spacing) for s in SCHEDULES.values()] if spacing in GRIDS else [VE_LEVELS]:
+        x = run(SAMPLERS[name], lambda x, _: point, start(grid), grid)
+        torch.testing.assert_close(x, point, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("grid", LEVELS.values(), ids=LEVELS)
 def test_one_step_is_one_denoising(name: str, grid: list[Level]) -> None:
     steps = list(SAMPLERS[name](mixture, x := start(grid), [grid[0], CLEAN], noise))
     assert [(step.index, step.level) for step in steps] == [(0, CLEAN)]
@@ -244,7 +246,7 @@ def test_one_step_is_one_denoising(name: str, grid: list[Level]) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("grid", LEVELS.values(), ids=LEVELS)
 def test_yields_every_interval_and_the_same_again(name: str, grid: list[Level]) -> None:
     once, again = (list(SAMPLERS[name](mixture, start(grid), grid, noise)) for _ in range(2))
     assert [step.index for step in once] == list(range(len(grid) - 1))
@@ -254,8 +256,26 @@ def test_yields_every_interval_and_the_same_again(name: str, grid: list[Level]) 
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("grid", LEVELS.values(), ids=LEVELS)
+def test_all_randomness_is_the_noise_it_is_given(name: str, grid: list[Level]) -> None:
+    """No draw is made twice, a step knows its own index, and only a stochastic sampler draws at all."""
+    keys: list[tuple[int, int]] = []
+
+    def draw(step: int, which: int) -> Tensor:
+        keys.append((step, which))
+        return noise(step + 100, which)
+
+    state = torch.get_rng_state()
+    *_, last = SAMPLERS[name](mixture, start(grid), grid, draw)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(keys) == len(set(keys))
+    assert {step for step, _ in keys} == (set(range(12 + (grid is VE_LEVELS))) if name in STOCHASTIC else set())
+    assert torch.equal(last.x, run(SAMPLERS[name], mixture, start(grid), grid)) == (name not in STOCHASTIC)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_keeps_the_type_of_x(name: str) -> None:
-    grid = GRIDS["flow"]
+    grid = LEVELS["flow"]
 
     def draw(step: int, which: int) -> Tensor:
         return noise(step, which).bfloat16()
@@ -282,26 +302,27 @@ def test_many_steps_follow_the_ode(name: str, schedule: NoiseSchedule) -> None:
     assert difference(run(SAMPLERS[name], gaussian(MEAN, STD), x, grid), on_the_ode(x, grid[0], CLEAN)) < tolerance
 
 
-def arc(steps: int) -> list[Level]:
-    """alpha = cos, sigma = sin of evenly spaced angles; neither is ever 0."""
-    angles = [1.5 - 1.4 * i / steps for i in range(steps + 1)]
+def arc(steps: int, power: float = 1) -> list[Level]:
+    """alpha = cos, sigma = sin of angles down to 0.1, evenly spaced at power 1; neither is ever 0."""
+    angles = [1.5 - 1.4 * (i / steps) ** power for i in range(steps + 1)]
     return [Level(math.cos(angle), math.sin(angle)) for angle in angles]
 
 
-ORDERS: list[tuple[Sampler, float]] = [
-    (SAMPLERS["euler"], 1),
-    (SAMPLERS["heun"], 2),
-    (SAMPLERS["dpmpp_2m"], 2),
-    (SAMPLERS["deis"], 2),
-    (SAMPLERS["unipc"], 3),
+ORDERS: list[tuple[Sampler, float, float]] = [
+    (SAMPLERS["euler"], 1, 1),
+    (SAMPLERS["heun"], 1, 2),
+    (SAMPLERS["dpmpp_2m"], 1, 2),
+    (SAMPLERS["deis"], 1, 2),
+    (SAMPLERS["unipc"], 1, 3),
+    (partial(dpmpp_3m_sde, eta=0), 2, 3),  # its first step is an Euler step: h^2, unless that step is as short as h^2
 ]
 
 
-@pytest.mark.parametrize(("sampler", "order"), ORDERS, ids=[getattr(s, "__name__", "") for s, _ in ORDERS])
-def test_order_of_convergence(sampler: Sampler, order: float) -> None:
+@pytest.mark.parametrize(("sampler", "power", "order"), ORDERS, ids=lambda value: getattr(value, "__name__", None))
+def test_order_of_convergence(sampler: Sampler, power: float, order: float) -> None:
     errors = []
     for steps in (80, 160):
-        grid = arc(steps)
+        grid = arc(steps, power)
         x = noise(1000, 0)
         errors.append(difference(run(sampler, gaussian(MEAN, STD), x, grid), on_the_ode(x, grid[0], grid[-1])))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
@@ -352,7 +373,16 @@ def test_two_transfers_make_one(eta: float) -> None:
     assert joined == pytest.approx(transfer(first, last, eta))
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("eta", [0, 1])
+@pytest.mark.parametrize("end", [Level(0.6, 0.8), Level(0.5, 0.5), CLEAN])
+def test_pure_noise_and_clean_data_are_limits(end: Level, eta: float) -> None:
+    from_noise = transfer(Level(0.0, 1.0), end, eta)
+    assert from_noise == pytest.approx(transfer(Level(1e-12, 1.0), end, eta), abs=1e-11)
+    to_data = transfer(end, CLEAN, eta) if end.sigma else transfer(Level(0.0, 1.0), CLEAN, eta)
+    assert to_data == (0, 1, 0)
+
+
+@pytest.mark.parametrize("grid", LEVELS.values(), ids=LEVELS)
 def test_between_stays_on_the_curve(grid: list[Level]) -> None:
     for begin, end in pairwise(grid[1:-1]):
         middle = between(begin, end)
@@ -363,34 +393,44 @@ def test_between_stays_on_the_curve(grid: list[Level]) -> None:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
+NAMES = {
+    "Euler": "euler",
+    "EULER  A": "euler_ancestral",
+    "dpm++2m": "dpmpp_2m",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 3M SDE": "dpmpp_3m_sde",
+    "DPM++ SDE": "dpmpp_sde",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "deis",
+    "LCMScheduler": "lcm",
+}
 
-@pytest.mark.parametrize(
-    ("name", "sampler", "grid"),
-    [
-        *((name, name, None) for name in SAMPLERS),
-        ("Euler a", "euler_ancestral", None),
-        ("EULER  A", "euler_ancestral", None),
-        ("DPM++ 2M SDE", "dpmpp_2m_sde", None),
-        ("dpm++2m", "dpmpp_2m", None),
-        ("DPM++ 3M SDE Exponential", "dpmpp_3m_sde", "exponential"),
-        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
-        ("Euler a SGM Uniform", "euler_ancestral", "sgm_uniform"),
-        ("DPMSolverMultistepScheduler", "dpmpp_2m", None),
-        ("EulerAncestralDiscreteScheduler", "euler_ancestral", None),
-        ("UniPCMultistepScheduler", "unipc", None),
-    ],
-)
-def test_names(name: str, sampler: str, grid: str | None) -> None:
-    assert resolve_with_grid(name) == (sampler, grid)
-    assert resolve(name) == sampler
+
+@pytest.mark.parametrize(("name", "sampler"), [*NAMES.items(), *zip(SAMPLERS, SAMPLERS, strict=True)])
+def test_names_mean_samplers(name: str, sampler: str) -> None:
+    assert resolve_sampler(name) == (sampler, None)
+
+
+@pytest.mark.parametrize(("sampler", "label"), SAMPLER_NAMES.items())
+def test_a_name_may_end_in_a_grid(sampler: str, label: str) -> None:
+    for ending, grid in [("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("Exponential", "exponential")]:
+        assert resolve_sampler(f"{label} {ending}") == (sampler, grid)
 
 
 @pytest.mark.parametrize("name", ["dpmp_2m", "", "karras", "PNDMScheduler"])
-def test_unknown_names(name: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown sampler {name!r}, must be one of euler, "):
-        resolve(name)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown sampler {name!r}"):
+        resolve_sampler(name)
 
 
-def test_a_slip_is_answered_with_a_suggestion() -> None:
-    with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
-        resolve("dpmp_2m")
+def test_every_sampler_has_a_name_that_the_command_line_knows() -> None:
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
