@@ -33,7 +33,7 @@ class Captions:
     dropout: Annotated[Fraction, "share of visits with the empty caption, for classifier-free guidance"] = 0.1
     keywords: Annotated[Fraction, "share of visits with a shuffled choice of keywords instead of the text"] = 0.0
     fillers: Annotated[
-        list[str], "words strewn into half of the captions, so that a prompt may hold words that name nothing"
+        list[str], "words strewn into three in ten captions, so that a prompt may hold words that name nothing"
     ] = Field(default_factory=list)
 
 

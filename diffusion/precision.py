@@ -1,10 +1,10 @@
-"""Which number format a machine is fast at: measured once in a few milliseconds, not guessed from its name."""
+"""What a machine is fast at, and whether that is right: measured, not guessed from its name."""
 
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -16,6 +16,29 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
+
+
+def compile_if_equal(network: nn.Module, loss: Callable[[], Tensor], tolerance: float = 0.1) -> str | None:
+    """Compile a network in place, and keep that only if ``loss`` has the gradient that it has without.
+
+    A compiled autoencoder has been seen not to learn while the same one did without, so it is not believed untried.
+    ``loss`` runs the network on a batch of the size it will meet. Returns None, or why the network was left as it was.
+    """
+    eager = _gradient(network, loss)
+    network.compile()
+    error = (_gradient(network, loss) - eager).norm() / eager.norm()
+    if error <= tolerance:
+        return None
+    network._compiled_call_impl = None
+    return (
+        f"compiled gradients are off by {error:.2f} of their norm, more than {tolerance}: training goes on uncompiled"
+    )
+
+
+def _gradient(network: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    return torch.cat([gradient.float().flatten() for gradient in found if gradient is not None])
 
 
 def _cpu_prefers_bf16() -> bool:

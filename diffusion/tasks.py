@@ -28,6 +28,7 @@ class Task(Protocol):
 
     module: nn.Module  # trained; module(batch) gives one loss a sample, shape (B,)
     dataset: Any  # visits -> batch
+    network: nn.Module  # the part that takes the time, which may be compiled
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """Write what was trained as a model folder."""
@@ -77,7 +78,9 @@ class AutoencoderTask:
         self.size = config.data.size
         self.pictures = pictures
         self.vae = networks.build_autoencoder(config.model.vae).to(device, memory_format=torch.channels_last)
-        speed_up_group_norm(self.vae)
+        self.network: nn.Module = self.vae
+        if not config.train.compile:
+            speed_up_group_norm(self.vae)
         self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
         self.dataset = PixelSet(
             pictures=pictures,
@@ -151,12 +154,12 @@ class TextToImageTask:
         self.model.vae.to(device).requires_grad_(False)
         self.model.unet.to(device, memory_format=torch.channels_last).train()
         self.model.text_encoder.to(device).train().requires_grad_(config.model.text_encoder is not None)
-        speed_up_group_norm(self.model.unet)
-        if config.train.compile:
-            self.model.unet.compile()
+        if not config.train.compile:  # the compiler fuses group norm by itself
+            speed_up_group_norm(self.model.unet)
         self.module: nn.Module = DenoisingLoss(
             self.model.unet, self.model.text_encoder, self.model.forward, config.loss
         )
+        self.network: nn.Module = self.model.unet
         mean, std = self._cached(pictures)
         scale = self.model.vae.config.scaling_factor
         self.dataset = LatentSet(

@@ -26,7 +26,7 @@ from diffusion.data.order import Order, batches
 from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
 from diffusion.images import make_grid
-from diffusion.precision import fast_dtype
+from diffusion.precision import compile_if_equal, fast_dtype
 
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -41,6 +41,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     micro_batch = _micro_batch(config.train, accelerator.num_processes)
     pictures = read_folder(config.data.path, "train", config.data.balance)
     task = tasks.build(config, pictures, accelerator.device)
+    if config.train.compile:
+        _compile(task, accelerator, micro_batch)
     module, optimizer = accelerator.prepare(task.module, _optimizer(task.module, config.train))
     ema = Ema(task.module, config.train.ema)
     run = Run(config, task, accelerator, optimizer, ema)
@@ -229,6 +231,21 @@ class Run:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr)
+
+
+def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> None:
+    """Compile the network on a batch of the size it will meet, if it proves equal; that takes a minute or two."""
+    visits = [(index % len(task.dataset), 0) for index in range(micro_batch)]
+    batch = {name: tensor.to(accelerator.device) for name, tensor in task.dataset.__getitems__(visits).items()}
+
+    def loss() -> Tensor:
+        with accelerator.autocast():
+            return task.module(batch).mean()
+
+    task.module.train()
+    refused = compile_if_equal(task.network, loss)
+    if refused is not None:
+        print(refused, file=sys.stderr)
 
 
 def _accelerator(train: Train) -> Accelerator:

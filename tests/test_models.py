@@ -6,6 +6,7 @@ import torch
 from diffusion.models import networks, text
 from diffusion.models.folder import Forward
 from diffusion.models.group_norm import speed_up_group_norm
+from diffusion.precision import compile_if_equal
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -32,6 +33,21 @@ def test_the_fast_group_norm_has_the_gradients_of_the_stock_one(layout):
     assert torch.allclose(y, reference, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(y, [x, stock.weight, stock.bias], upstream), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # the sums over space are float32
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_compiled_network_must_prove_itself(monkeypatch, right):
+    """The compiler is played by one that is right, or that scales the output."""
+    network, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    factor = 1.0 if right else 1.5
+
+    def compile(self):
+        self._compiled_call_impl = lambda x: factor * torch.nn.functional.linear(x, self.weight, self.bias)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    refused = compile_if_equal(network, lambda: network(x).square().mean())
+    assert (refused is None) == right
+    assert (network._compiled_call_impl is not None) == right
 
 
 def test_normalising_latents_changes_no_reconstruction():

@@ -20,7 +20,7 @@ def choose_caption(
     """The caption of one visit.
 
     ``dropout`` is the share of empty captions, ``keywords`` that of shuffled keywords (the text itself may be among
-    them); half of the rest and of those get filler words strewn in. ``fits`` tells whether the encoder can read a
+    them); three in ten of the rest get filler words strewn in. ``fits`` tells whether the encoder can read a
     caption whole: one that grew too long loses its additions rather than its end.
     """
     draws = iter(rng.uniform(seed, "caption", picture.id, visit, size=64).tolist())
@@ -32,7 +32,7 @@ def choose_caption(
         shuffled = [term for _, term in sorted(zip((next(draws) for _ in terms), terms, strict=False))]
         words = shuffled[: max(2, round(next(draws) * len(terms)))]
     caption = " ".join(words)
-    if fillers and next(draws) < 0.5:
+    if fillers and next(draws) < 0.3:
         caption = _strew(caption.split(), fillers, [next(draws) for _ in range(4)])
     return caption if fits(caption) else picture.text
 
