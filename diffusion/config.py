@@ -106,7 +106,7 @@ class Train:
         Annotated[float, Field(ge=0, lt=1)], "decay of the averaged weights that are shipped; 0 turns it off"
     ] = 0.999
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "autocast precision; auto measures"] = "auto"
-    compile: Annotated[bool, "torch.compile the networks"] = False
+    compile: Annotated[bool, "torch.compile the network, if its gradients then prove equal"] = False
     workers: Annotated[Count, "data worker processes"] = 0
     log_every: Annotated[Positive, "steps between lines of metrics.jsonl"] = 50
     sample_every: Annotated[Count, "steps between sample grids; 0: only at the end"] = 1000
