@@ -64,6 +64,7 @@ class Model:
     base: Annotated[str | None, "model folder or name to start from"] = None
     autoencoder: Annotated[str | None, "model folder whose vae/ is used"] = None
     vae: Annotated[Network | None, "AutoencoderKL arguments"] = None
+    train_encoder: Annotated[bool, "false: of an autoencoder only the decoder learns, and latents stay valid"] = True
     tokenizer: Annotated[Tokenizer | None, "tokenizer to train"] = None
     text_encoder: Annotated[Network | None, "CLIPTextConfig arguments"] = None
     unet: Annotated[Network | None, "UNet2DConditionModel arguments"] = None
@@ -97,6 +98,7 @@ class Train:
     lr: Annotated[Rate, "peak learning rate"] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine", "linear"], "after the warm-up"] = "constant"
     warmup: Annotated[Count, "steps of linear warm-up"] = 0
+    optimizer: Annotated[Literal["adamw", "muon"], "muon: matrices and kernels move orthogonally"] = "adamw"
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2), "AdamW betas"] = Field(
         default_factory=lambda: [0.9, 0.999]
     )

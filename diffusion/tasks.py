@@ -70,14 +70,21 @@ class ReconstructionLoss(nn.Module):
 
 
 class AutoencoderTask:
-    """Trains an ``AutoencoderKL`` on crops; what it saves has latents of zero mean and unit variance a channel."""
+    """Trains an ``AutoencoderKL`` on crops; what it saves has latents of zero mean and unit variance a channel.
+
+    With ``model.train_encoder: false`` the decoder alone learns on: latents stay what they were, and so does all that
+    was trained on them.
+    """
 
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
-        if config.model.vae is None:
-            raise ValueError("task autoencoder needs model.vae, the arguments of the AutoencoderKL to build")
         self.size = config.data.size
         self.pictures = pictures
-        self.vae = networks.build_autoencoder(config.model.vae).to(device, memory_format=torch.channels_last)
+        self.vae = _autoencoder(config).to(device, memory_format=torch.channels_last).train()
+        self.train_encoder = config.model.train_encoder
+        if not self.train_encoder:
+            self.vae.requires_grad_(False)
+            self.vae.decoder.requires_grad_(True)
+            self.vae.post_quant_conv.requires_grad_(True)
         self.network: nn.Module = self.vae
         if not config.train.compile:
             speed_up_group_norm(self.vae)
@@ -93,8 +100,9 @@ class AutoencoderTask:
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
         vae = copy.deepcopy(self.vae).float()
-        latents = torch.cat([encode_pixels(vae, pixels)[0] for pixels in self._some(512).split(32)])
-        networks.normalize_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+        if self.train_encoder:
+            latents = torch.cat([encode_pixels(vae, pixels)[0] for pixels in self._some(512).split(32)])
+            networks.normalize_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
         folder.save_network(vae, path / "vae", dtype)
 
     def samples(self) -> list[Image.Image]:
@@ -191,11 +199,22 @@ class TextToImageTask:
 
     def _cached(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
         vae = self.model.vae
-        digest = hashlib.sha256(str(sorted(vae.config.items())).encode())
-        for name, weight in vae.state_dict().items():
+        facts = sorted(item for item in vae.config.items() if not item[0].startswith("_"))  # not where it was read
+        digest = hashlib.sha256(str(facts).encode())
+        for name, weight in (*vae.encoder.state_dict().items(), *vae.quant_conv.state_dict().items()):
             digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         shelf = Path(self.config.output) / "cache"
         return cache.posteriors(pictures, self.config.data.size, partial(encode_pixels, vae), digest.hexdigest(), shelf)
+
+
+def _autoencoder(config: Config) -> Any:
+    """A new autoencoder, or that of ``model.base`` to go on from."""
+    m = config.model
+    if (m.vae is None) == (m.base is None):
+        raise ValueError("task autoencoder needs model.vae, the arguments of the AutoencoderKL to build, or model.base")
+    if m.vae is not None and not m.train_encoder:
+        raise ValueError("model.train_encoder: false needs a trained encoder: name its folder in model.base")
+    return networks.build_autoencoder(m.vae) if m.vae is not None else folder.load_vae(str(m.base))
 
 
 def _assemble(config: Config, pictures: list[Picture]) -> Model:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import checkpoint, tasks
+from diffusion import checkpoint, optimizers, tasks
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
@@ -26,6 +26,7 @@ from diffusion.data.order import Order, batches
 from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
 from diffusion.images import make_grid
+from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.precision import compile_if_equal, fast_dtype
 
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "no"}
@@ -43,7 +44,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     task = tasks.build(config, pictures, accelerator.device)
     if config.train.compile:
         _compile(task, accelerator, micro_batch)
-    module, optimizer = accelerator.prepare(task.module, _optimizer(task.module, config.train))
+    module, optimizer = accelerator.prepare(task.module, optimizers.build(task.module, config.train))
     ema = Ema(task.module, config.train.ema)
     run = Run(config, task, accelerator, optimizer, ema)
     first = run.resume()
@@ -123,7 +124,7 @@ class Run:
         self.task.module.load_state_dict(dict(found.tensors["weights"]))
         for name, weight in self.ema.weights.items():
             weight.copy_(found.tensors["ema"][name])
-        _load_optimizer(self.optimizer, self.task.module, found.tensors["optimizer"])
+        optimizers.load_state_tensors(self.optimizer, self.task.module, dict(found.tensors["optimizer"]))
         self.checkpointed = found.state["step"]
         self._trim_metrics(self.checkpointed)
         self._say(f"resuming {self.folder} at step {self.checkpointed}")
@@ -182,7 +183,7 @@ class Run:
             groups = {
                 "weights": self.task.module.state_dict(),
                 "ema": self.ema.weights,
-                "optimizer": _optimizer_state(self.optimizer, self.task.module),
+                "optimizer": optimizers.state_tensors(self.optimizer, self.task.module),
             }
             state = Checkpoint(groups, {"step": step})
             checkpoint.write(self.folder / "checkpoints", step, state, self.config.train.keep_last)
@@ -245,7 +246,9 @@ def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> No
     task.module.train()
     refused = compile_if_equal(task.network, loss)
     if refused is not None:
-        print(refused, file=sys.stderr)
+        speed_up_group_norm(task.network)  # left out for the compiler, which does as well
+        if accelerator.is_main_process:
+            print(refused, file=sys.stderr)
 
 
 def _accelerator(train: Train) -> Accelerator:
@@ -265,34 +268,6 @@ def _micro_batch(train: Train, processes: int) -> int:
             f"{micro}: choose a multiple of {max(1, micro) * processes}"
         )
     return micro
-
-
-def _optimizer(module: nn.Module, train: Train) -> torch.optim.Optimizer:
-    """AdamW (1711.05101), fused; weight decay on matrices and kernels only."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=train.lr, betas=(train.betas[0], train.betas[1]), fused=True
-    )
-
-
-def _optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
-    """AdamW's moments and step counts under ``<parameter>.<name>``: the format knows no parameter order."""
-    state = optimizer.state
-    return {f"{n}.{key}": value for n, p in module.named_parameters() if p in state for key, value in state[p].items()}
-
-
-def _load_optimizer(optimizer: Any, module: nn.Module, tensors: Any) -> None:
-    """The moments take their parameter's memory layout: the fused kernel reads both as one flat array."""
-    for name, parameter in module.named_parameters():
-        if f"{name}.step" in tensors:
-            state = {
-                key: torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")
-            }
-            optimizer.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device), **state}
 
 
 @contextmanager

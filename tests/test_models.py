@@ -50,6 +50,18 @@ def test_a_compiled_network_must_prove_itself(monkeypatch, right):
     assert (network._compiled_call_impl is not None) == right
 
 
+def test_a_compiler_that_fails_is_done_without(monkeypatch):
+    network, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+
+    def broken(*_):
+        raise RuntimeError("no C++ compiler\nwith a long trace")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", broken))
+    refused = compile_if_equal(network, lambda: network(x).square().mean())
+    assert refused == "torch.compile failed (no C++ compiler): training goes on uncompiled"
+    assert network(x).shape == (4, 2)
+
+
 def test_normalising_latents_changes_no_reconstruction():
     torch.manual_seed(0)
     vae = networks.build_autoencoder(VAE).double().eval()

@@ -1,6 +1,7 @@
 """The loop: it learns, it is exact when split or resumed, and it stops before a NaN spreads."""
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion import TextToImage, config, trainer
+from diffusion import TextToImage, config, optimizers, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.source import read_folder, read_pixels
@@ -132,6 +133,20 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_variance(home):
     assert vae.config.scaling_factor == 1.0
 
 
+def test_a_decoder_alone_learns_on_and_latents_stay(home):
+    run = autoencoder(home)
+    run.name, run.model.vae, run.model.train_encoder = "decoder", None, False
+    with pytest.raises(ValueError, match=r"model\.vae"):
+        trainer.train(run, quiet=True)
+    run.model.base = str(home / "runs/ae/model")
+    trainer.train(run, quiet=True)
+    before, after = (dict(load_vae(home / f"runs/{name}/model").named_parameters()) for name in ("ae", "decoder"))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+    rows = [json.loads(line) for line in (home / "runs/decoder/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
 def test_what_train_writes_generate_reads(straight):
     model = TextToImage.load(straight / "model")
     assert model.model.recipe.steps == 2
@@ -141,9 +156,20 @@ def test_what_train_writes_generate_reads(straight):
     assert config.load(straight / "config.yaml").folder == straight
 
 
-@pytest.mark.parametrize("stop_after", [1, 4])
-def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(home, straight, monkeypatch, stop_after):
-    run = denoiser(home, f"stopped-{stop_after}")
+@pytest.fixture(scope="module")
+def straight_muon(home):
+    run = denoiser(home, "straight_muon", optimizer="muon")
+    trainer.train(run, quiet=True)
+    assert any(name.endswith(".momentum") for name in weights(run.folder)["optimizer"])
+    return run.folder
+
+
+@pytest.mark.parametrize(("whole", "stop_after"), [("straight", 1), ("straight", 4), ("straight_muon", 3)])
+def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(
+    home, request, monkeypatch, whole, stop_after
+):
+    straight = request.getfixturevalue(whole)
+    run = denoiser(home, f"stopped-{stop_after}", optimizer="muon" if stop_after == 3 else "adamw")
     finish_step = trainer.Run.finish_step
 
     def finish_and_stop(self, step, loss, norm):
@@ -158,6 +184,33 @@ def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(ho
     assert difference(weights(straight), weights(run.folder)) == 0
     assert metrics(run.folder) == metrics(straight)
     assert len(metrics(straight)) == 6
+
+
+def test_muon_is_pytorchs_on_matrices_and_takes_kernels_in_either_layout():
+    torch.manual_seed(0)
+    linear, plain, last = torch.nn.Linear(48, 96, bias=False), torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(32, 64, 3)
+    stock, flat = copy.deepcopy(linear), torch.nn.Linear(32 * 9, 64, bias=False)
+    last.load_state_dict(plain.state_dict())
+    last.to(memory_format=torch.channels_last)
+    flat.weight.data = plain.weight.detach().flatten(1).clone()
+    train = Train(optimizer="muon", lr=0.1, weight_decay=0.01)
+    ours = optimizers.build(torch.nn.ModuleList([linear, plain, last]), train)
+    theirs = torch.optim.Muon([stock.weight, flat.weight], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    start = linear.weight.detach().clone()
+    for _ in range(3):
+        linear.weight.grad = torch.randn_like(linear.weight)
+        stock.weight.grad = linear.weight.grad.clone()
+        plain.weight.grad = torch.randn(plain.weight.shape)
+        flat.weight.grad = plain.weight.grad.flatten(1).clone()
+        last.weight.grad = plain.weight.grad.contiguous(memory_format=torch.channels_last)
+        plain.bias.grad, last.bias.grad = torch.ones(64), torch.ones(64)
+        ours.step()
+        theirs.step()
+    for mine, reference in ((linear, stock.weight), (plain, flat.weight), (last, flat.weight)):
+        error = (mine.weight.flatten(1) - reference).norm() / (stock.weight - start).norm()
+        assert error < 0.05  # bfloat16 rounds otherwise in another layout
+    assert torch.allclose(plain.bias, last.bias)
+    assert ours.state[plain.bias]["exp_avg"].shape == (64,)  # a vector is AdamW's
 
 
 def test_accumulation_changes_nothing(home, straight):
