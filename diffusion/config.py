@@ -28,22 +28,35 @@ Network = dict[str, Any]  # keyword arguments of a network class; checked agains
 
 @dataclass(config=STRICT, kw_only=True)
 class Captions:
-    """How a caption is chosen at each visit of a picture."""
+    """Where captions are, and how one is chosen at each visit of a picture."""
 
+    source: Annotated[
+        Literal["auto", "metadata", "txt", "folder", "file"], "where captions are; auto: metadata, else .txt files"
+    ] = "auto"
     dropout: Annotated[Fraction, "share of visits with the empty caption, for classifier-free guidance"] = 0.1
     keywords: Annotated[Fraction, "share of visits with a shuffled choice of keywords instead of the text"] = 0.0
     fillers: Annotated[
         list[str], "words strewn into three in ten captions, so that a prompt may hold words that name nothing"
     ] = Field(default_factory=list)
+    shuffle_tags: Annotated[bool, "shuffle comma-separated tags"] = False
+    keep_tags: Annotated[Count, "leading tags that shuffling leaves in place"] = 0
+    templates: Annotated[
+        list[Annotated[str, Field(pattern=r"\{\}")]], "sentences around a caption, which stands for {}; one is drawn"
+    ] = Field(default_factory=list)
+    trigger: Annotated[str, "leads every caption that is not empty"] = ""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
     """The pictures and their captions."""
 
-    path: Annotated[str, "folder with metadata.jsonl"]
+    path: Annotated[str, "folder of pictures with captions"]
     size: Annotated[Positive, "pictures are scaled and centre-cropped to size x size pixels"] = 512
     crop: Annotated[Positive | None, "train on random square crops of this many pixels (autoencoder)"] = None
+    upscale: Annotated[bool, "take pictures smaller than size; otherwise they are left out, and named"] = False
+    background: Annotated[
+        Annotated[str, Field(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")], "shown where a picture is transparent"
+    ] = "white"
     balance: Annotated[str | None, "metadata field that names a group; its members share one weight"] = None
     balance_power: Annotated[Fraction, "1: every group is drawn equally often; 0: every picture is"] = 1.0
     captions: Annotated[Captions, "caption choice"] = Field(default_factory=Captions)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from diffusion import rng
 from diffusion.data.dataset import to_tensor
-from diffusion.data.source import Picture, read_folder, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import Picture, read_folder
 from diffusion.pipeline import TextToImage
 
 SIDE = 32

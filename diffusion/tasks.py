@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from diffusion import objectives
 from diffusion.config import Config, Loss
 from diffusion.data import cache
-from diffusion.data.captions import choose_caption
+from diffusion.data.captions import choose_caption, lead
 from diffusion.data.dataset import Batch, LatentSet, PixelSet, to_tensor
-from diffusion.data.source import Picture, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import Picture
 from diffusion.models import folder, networks, text
 from diffusion.models.folder import Forward, Model, Recipe
 from diffusion.models.group_norm import speed_up_group_norm
@@ -77,7 +78,7 @@ class AutoencoderTask:
     """
 
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
-        self.size = config.data.size
+        self.size, self.background = config.data.size, config.data.background
         self.pictures = pictures
         self.vae = _autoencoder(config).to(device, memory_format=torch.channels_last).train()
         self.train_encoder = config.model.train_encoder
@@ -94,6 +95,7 @@ class AutoencoderTask:
             size=config.data.size,
             crop=config.data.size if config.data.crop is None else config.data.crop,
             seed=config.seed,
+            background=config.data.background,
             latent_channels=self.vae.config.latent_channels,
             factor=networks.spatial_factor(self.vae),
         )
@@ -115,7 +117,7 @@ class AutoencoderTask:
     def _some(self, count: int) -> Tensor:
         """At most ``count`` pictures, evenly spaced over the set."""
         chosen = self.pictures[:: max(1, len(self.pictures) // count)][:count]
-        return to_tensor(np.stack([read_pixels(picture.file, self.size) for picture in chosen]))
+        return to_tensor(np.stack([read_pixels(picture.file, self.size, self.background) for picture in chosen]))
 
 
 @torch.no_grad()
@@ -168,6 +170,7 @@ class TextToImageTask:
             self.model.unet, self.model.text_encoder, self.model.forward, config.loss
         )
         self.network: nn.Module = self.model.unet
+        self._check_captions(pictures)
         mean, std = self._cached(pictures)
         scale = self.model.vae.config.scaling_factor
         self.dataset = LatentSet(
@@ -192,7 +195,29 @@ class TextToImageTask:
 
     def _caption(self, picture: Picture, visit: int) -> str:
         c = self.config.data.captions
-        return choose_caption(picture, visit, self.config.seed, self._fits, c.dropout, c.keywords, c.fillers)
+        return choose_caption(
+            picture,
+            visit,
+            self.config.seed,
+            self._fits,
+            dropout=c.dropout,
+            keywords=c.keywords,
+            fillers=c.fillers,
+            shuffle_tags=c.shuffle_tags,
+            keep_tags=c.keep_tags,
+            templates=c.templates,
+            trigger=c.trigger,
+        )
+
+    def _check_captions(self, pictures: list[Picture]) -> None:
+        """Refuse captions that the encoder cannot read whole before anything is computed."""
+        trigger = self.config.data.captions.trigger
+        long = [(p.file, text) for p in pictures for text in p.texts if not self._fits(lead(trigger, text))]
+        if long:
+            raise ValueError(
+                f"{len(long)} captions are longer than the {self.model.tokenizer.model_max_length - 2} tokens that the "
+                f"text encoder reads; first {long[0][0]}: {long[0][1]!r}"
+            )
 
     def _fits(self, caption: str) -> bool:
         return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
@@ -204,7 +229,14 @@ class TextToImageTask:
         for name, weight in (*vae.encoder.state_dict().items(), *vae.quant_conv.state_dict().items()):
             digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         shelf = Path(self.config.output) / "cache"
-        return cache.posteriors(pictures, self.config.data.size, partial(encode_pixels, vae), digest.hexdigest(), shelf)
+        return cache.posteriors(
+            pictures,
+            self.config.data.size,
+            partial(encode_pixels, vae),
+            digest.hexdigest(),
+            shelf,
+            self.config.data.background,
+        )
 
 
 def _autoencoder(config: Config) -> Any:
@@ -238,8 +270,9 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         raise ValueError(
             "from scratch, text_to_image needs model.autoencoder, model.tokenizer, model.text_encoder and model.unet"
         )
-    captions = {caption for picture in pictures for caption in (picture.text, *picture.keywords)}
-    captions |= set(config.data.captions.fillers)
+    captions = {caption for picture in pictures for caption in picture.keywords}
+    captions |= {text for picture in pictures for text in picture.texts} | set(config.data.captions.fillers)
+    captions |= {config.data.captions.trigger, *config.data.captions.templates} - {""}
     tokenizer = text.train_tokenizer(captions, m.tokenizer.vocab_size, m.tokenizer.max_length)
     return Model(
         tokenizer=tokenizer,

@@ -22,8 +22,9 @@ from diffusion import checkpoint, optimizers, tasks
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
+from diffusion.data.coverage import Ledger
 from diffusion.data.order import Order, batches
-from diffusion.data.source import group_weights, read_folder
+from diffusion.data.source import Picture, group_weights, leave_out_small, read_folder
 from diffusion.ema import Ema
 from diffusion.images import make_grid
 from diffusion.models.group_norm import speed_up_group_norm
@@ -40,16 +41,17 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     """
     accelerator = _accelerator(config.train)
     micro_batch = _micro_batch(config.train, accelerator.num_processes)
-    pictures = read_folder(config.data.path, "train", config.data.balance)
+    pictures, left_out = _pictures(config)
     task = tasks.build(config, pictures, accelerator.device)
     if config.train.compile:
         _compile(task, accelerator, micro_batch)
     module, optimizer = accelerator.prepare(task.module, optimizers.build(task.module, config.train))
     ema = Ema(task.module, config.train.ema)
-    run = Run(config, task, accelerator, optimizer, ema)
+    order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
+    ledger = Ledger(order, pictures, left_out)
+    run = Run(config, task, accelerator, optimizer, ema, ledger)
     first = run.resume()
 
-    order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
     plan = (config.train.batch_size, micro_batch, accelerator.process_index, accelerator.num_processes)
     visits = batches(order, first, config.train.steps, *plan)
     loader = iter(DataLoader(task.dataset, batch_sampler=visits, collate_fn=dict, num_workers=config.train.workers))
@@ -102,6 +104,7 @@ class Run:
     accelerator: Accelerator
     optimizer: Any
     ema: Ema
+    ledger: Ledger
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
@@ -187,6 +190,7 @@ class Run:
             }
             state = Checkpoint(groups, {"step": step})
             checkpoint.write(self.folder / "checkpoints", step, state, self.config.train.keep_last)
+            self.ledger.write(self.folder / "coverage.jsonl", step * self.config.train.batch_size)
         self.accelerator.wait_for_everyone()
         self.saved_at, self.checkpointed = time.monotonic(), step
 
@@ -232,6 +236,22 @@ class Run:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr)
+
+
+def _pictures(config: Config) -> tuple[list[Picture], dict[str, str]]:
+    """What is trained on, and what is left out for which reason."""
+    pictures = read_folder(config.data.path, "train", config.data.balance, config.data.captions.source)
+    if config.data.upscale:
+        return pictures, {}
+    kept, left_out = leave_out_small(pictures, config.data.size)
+    if left_out and PartialState().is_main_process:
+        file, reason = next(iter(left_out.items()))
+        print(
+            f"{len(left_out)} of {len(pictures)} pictures are left out, first {file}: {reason}; "
+            "data.upscale=true takes them, coverage.jsonl names all",
+            file=sys.stderr,
+        )
+    return kept, left_out
 
 
 def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> None:

@@ -1,18 +1,22 @@
 """Folders, order, captions and batches: every choice a function of the seed, the picture and the visit."""
 
 import json
+import struct
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from diffusion.data import cache
 from diffusion.data.captions import choose_caption
+from diffusion.data.coverage import Ledger
 from diffusion.data.dataset import LatentSet, PixelSet
 from diffusion.data.order import Order, batches
-from diffusion.data.source import group_weights, read_folder, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import group_weights, leave_out_small, read_folder
 
 
 @pytest.fixture
@@ -49,28 +53,203 @@ def test_a_bad_listing_says_what_is_wrong(tmp_path, line, message):
         read_folder(tmp_path)
 
 
-def test_a_broken_picture_is_named(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
+def written(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            Image.new("RGB", (16, 16), "red").save(folder / name)
+        else:
+            (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_captions_come_from_csv(tmp_path):
+    table = 'file_name,text,keywords,weight\na.png,"one, two","x, y",3\nb.png,other,,\n'
+    one, two = read_folder(written(tmp_path, {"metadata.csv": table, "a.png": None, "b.png": None}))
+    assert (one.texts, one.keywords, one.weight) == (("one, two",), ("x", "y"), 3.0)
+    assert (two.texts, two.keywords, two.weight) == (("other",), (), 1.0)
+
+
+def test_captions_come_from_text_files_a_line_each(tmp_path):
+    files = {"a.png": None, "deep/b.PNG.png": None, "a.txt": "\ufeffone\n\ntwo\n", "deep/b.PNG.txt": "three"}
+    pictures = read_folder(written(tmp_path, files))
+    assert [p.texts for p in pictures] == [("one", "two"), ("three",)]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"a\.png has no a\.txt"):
+        read_folder(tmp_path)
+
+
+def test_captions_come_from_names_when_asked_for(tmp_path):
+    written(tmp_path, {"10_red-car/x_001.png": None, "dog/big_dog (2).png": None})
+    with pytest.raises(ValueError, match=r"no captions.*source=folder"):
+        read_folder(tmp_path)
+    assert [(p.text, p.weight) for p in read_folder(tmp_path, source="folder")] == [("red car", 10.0), ("dog", 1.0)]
+    assert [p.text for p in read_folder(tmp_path, source="file")] == ["x", "big dog"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"file_name": "a.png", "text": 3}', "line 1: text must be"),
+        ('{"file_name": "a.png", "text": []}', "line 1: text must be"),
+        ('{"file_name": "a.png", "text": "x", "weight": 0}', "weight must be a number above 0, got 0"),
+        ('["a.png"]', "line 1"),
+        ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}', "listed 2 times"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong(tmp_path, row, message):
+    written(tmp_path, {"a.png": None, "metadata.jsonl": row})
+    with pytest.raises(ValueError, match=message):
+        read_folder(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        read_folder(tmp_path / "nowhere")
+
+
+def test_a_weight_says_how_often(tmp_path):
+    rows = '{"file_name": "a.png", "text": "a", "weight": 3}\n{"file_name": "b.png", "text": "b"}'
+    pictures = read_folder(written(tmp_path, {"a.png": None, "b.png": None, "metadata.jsonl": rows}))
+    counts = Counter(index for index, _ in Order(0, group_weights(pictures, 0.0)).visits(0, 4000))
+    assert counts[0] == pytest.approx(3000, abs=20)
+
+
+def test_small_pictures_are_left_out_by_name(folder):
+    Image.new("RGB", (16, 9)).save(folder / "3.png")
+    kept, left_out = leave_out_small(read_folder(folder), 16)
+    assert len(kept) == 6
+    assert left_out == {str(folder / "3.png"): "16x9 is smaller than 16x16"}
+    with pytest.raises(ValueError, match="all 7 pictures are smaller"):
+        leave_out_small(read_folder(folder), 17)
+
+
+def test_the_ledger_counts_every_visit(folder, tmp_path_factory):
+    pictures = read_folder(folder)
+    order, file = Order(0, group_weights(pictures, 0.0)), tmp_path_factory.mktemp("run") / "coverage.jsonl"
+    ledger = Ledger(order, pictures, {"small.png": "4x4 is smaller than 16x16"})
+    ledger.write(file, 10)
+    ledger.write(file, 100)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = Counter(index for index, _ in order.visits(0, 100))
+    assert [row["visits"] for row in rows] == [*(expected[i] for i in range(7)), 0]
+    assert rows[-1]["left_out"] == "4x4 is smaller than 16x16"
+    resumed = Ledger(order, pictures, {})
+    resumed.write(file, 100)
+    assert [json.loads(line)["visits"] for line in file.read_text().splitlines()] == [expected[i] for i in range(7)]
+
+
+# --- colours: Pillow's convert("RGB") alone fails most of these -------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"not a picture", b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_a_broken_picture_is_named(tmp_path, content):
+    (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.png"):
         read_pixels(tmp_path / "bad.png", 8)
 
 
-def test_colours_under_alpha_stay_hidden(tmp_path):
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_pixels(tmp_path / "clear.png", 8) == 255).all()
-    Image.new("P", (8, 8), 0).save(tmp_path / "palette.png", transparency=0)
-    assert (read_pixels(tmp_path / "palette.png", 8) == 255).all()
+def pixel_of(image, tmp_path, suffix="png", background="white", **options):
+    file = tmp_path / f"picture.{suffix}"
+    image.save(file, **options)
+    pixels = read_pixels(file, 8, background)
+    assert pixels.shape == (8, 8, 3)
+    return pixels[4, 4].tolist()
 
 
-def test_exif_orientation_is_followed(tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "colour", "options"),
+    [
+        ("RGBA", (255, 0, 0, 0), {}),
+        ("LA", (0, 0), {}),
+        ("P", 0, {"transparency": 0}),
+        ("RGB", (255, 0, 0), {"transparency": (255, 0, 0)}),
+        ("L", 7, {"transparency": 7}),
+        ("I;16", 700, {"transparency": 700}),
+    ],
+)
+def test_colours_under_transparency_stay_hidden(tmp_path, mode, colour, options):
+    picture = Image.new(mode, (8, 8), colour)
+    assert pixel_of(picture, tmp_path, **options) == [255, 255, 255]
+    assert pixel_of(picture, tmp_path, background="#102030", **options) == [16, 32, 48]
+
+
+def test_half_transparent_colours_mix_with_the_background(tmp_path):
+    assert pixel_of(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), tmp_path) == pytest.approx([255, 127, 127], abs=1)
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (300, 1), (32768, 128), (65535, 255)])
+def test_grey_of_16_bits_is_scaled_and_not_clipped(tmp_path, value, grey):
+    assert pixel_of(Image.new("I;16", (8, 8), value), tmp_path) == [grey] * 3
+    assert pixel_of(Image.new("I;16", (8, 8), value), tmp_path, "tif") == [grey] * 3
+
+
+def test_cmyk_keeps_its_colours(tmp_path):
+    """Ink of one colour: the naive complement is the reference where no profile says otherwise."""
+    assert pixel_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path, "tif") == [255, 0, 0]
+    red, green, blue = pixel_of(Image.new("CMYK", (8, 8), (255, 0, 255, 0)), tmp_path, "jpg", quality=95)
+    assert green > 250
+    assert max(red, blue) < 5
+
+
+def test_a_colour_profile_is_followed(tmp_path):
+    """A gamma of 1 in place of sRGB's curve: linear 0.5 is sRGB 188, which the profile-blind would leave at 128."""
+    lab_free = ImageCms.createProfile("sRGB")
+    srgb = ImageCms.ImageCmsProfile(lab_free).tobytes()
+    assert pixel_of(Image.new("RGB", (8, 8), (200, 100, 50)), tmp_path, icc_profile=srgb) == pytest.approx(
+        [200, 100, 50], abs=1
+    )
+    assert pixel_of(Image.new("RGB", (8, 8), (128,) * 3), tmp_path, icc_profile=linear_profile(srgb)) == pytest.approx(
+        [188, 188, 188], abs=2
+    )
+    broken = pixel_of(Image.new("RGB", (8, 8), (9, 8, 7)), tmp_path, icc_profile=b"no profile")
+    assert broken == [9, 8, 7]
+
+
+def linear_profile(srgb):
+    """The sRGB profile with its tone curves replaced by straight lines: tags rTRC, gTRC, bTRC point to a new 'curv'."""
+    data = bytearray(srgb)
+    place = len(data)
+    data += b"curv" + bytes(8)  # no entries: the identity
+    for tag in range(struct.unpack(">I", data[128:132])[0]):
+        at = 132 + 12 * tag
+        if data[at : at + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            data[at + 4 : at + 12] = struct.pack(">II", place, 12)
+    data[0:4] = struct.pack(">I", len(data))
+    data[84:100] = bytes(16)  # no checksum
+    return bytes(data)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert pixel_of(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:]) == [255, 0, 0]
+    webp = pixel_of(frames[0], tmp_path, "webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert webp == [255, 0, 0]
+
+
+def test_float_pixels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"picture\.tif.*float"):
+        pixel_of(Image.new("F", (8, 8), 0.5), tmp_path, "tif")
+
+
+def test_a_picture_is_cropped_and_never_stretched(tmp_path):
+    wide = Image.new("RGB", (32, 8), "red")
+    wide.paste("lime", (12, 0, 20, 8))
+    assert pixel_of(wide, tmp_path) == [0, 255, 0]
+    assert (read_pixels(tmp_path / "picture.png", 8) == [0, 255, 0]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_followed(tmp_path, orientation):
+    """The corner that a viewer shows at the top left is black, wherever it is stored."""
+    corners = {1: (0, 0), 2: (4, 0), 3: (4, 4), 4: (0, 4), 5: (0, 0), 6: (0, 4), 7: (4, 4), 8: (4, 0)}
+    left, top = corners[orientation]
     picture = Image.new("RGB", (8, 8), "white")
-    picture.paste("black", (0, 0, 8, 4))
+    picture.paste("black", (left, top, left + 4, top + 4))
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[0x0112] = orientation
     picture.save(tmp_path / "turned.png", exif=exif)
     pixels = read_pixels(tmp_path / "turned.png", 8)
-    assert pixels[0].max() == 255
-    assert pixels[-1].max() == 0
+    assert pixels[:4, :4].max() == 0
+    assert pixels[4:].min() == 255
+    assert pixels[:, 4:].min() == 255
 
 
 def test_equal_weights_visit_each_picture_once_an_epoch():
@@ -117,6 +296,26 @@ def test_caption_choice(folder):
     assert len(set(many)) > 20, "choice is live at every visit, not frozen at the first"
     assert max(map(len, many)) < 25
     assert np.mean(["w3" in caption for caption in many]) > 0.2
+
+
+def test_captions_of_several_kinds(folder):
+    picture = replace(read_folder(folder)[3], texts=("red, big, car", "a car"))
+
+    def choose(**options):
+        return [choose_caption(picture, visit, 0, **options) for visit in range(400)]
+
+    assert set(choose()) == {"red, big, car", "a car"}
+    assert np.mean([caption == "a car" for caption in choose()]) == pytest.approx(0.5, abs=0.1)
+    shuffled = {caption for caption in choose(shuffle_tags=True, keep_tags=1) if "red" in caption}
+    assert shuffled == {"red, big, car", "red, car, big"}
+    assert len(set(choose(shuffle_tags=True))) == 7
+    framed = choose(templates=["a photo of {}", "{} at night"], trigger="sks", dropout=0.3)
+    assert {caption for caption in framed if "night" in caption} == {
+        "sks, red, big, car at night",
+        "sks, a car at night",
+    }
+    assert "" in framed, "no trigger where the caption is dropped"
+    assert all(caption.startswith("sks, ") for caption in framed if caption)
 
 
 def test_crops_and_noise_do_not_depend_on_the_batch(folder):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from diffusion import TextToImage, config, optimizers, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
-from diffusion.data.source import read_folder, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import read_folder
 from diffusion.ema import Ema
 from diffusion.models.folder import load_vae
 from diffusion.tasks import encode_pixels
@@ -261,6 +262,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
     with pytest.raises(FloatingPointError, match="step 2"):
         trainer.train(run, quiet=True)
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.folder)["weights"].values())
+
+
+def test_captions_that_do_not_fit_are_refused_before_training(home):
+    run = denoiser(home, "long")
+    run.data.captions.trigger = "a trigger that takes more tokens than the encoder reads"
+    with pytest.raises(ValueError, match=r"10 captions are longer than the 10 tokens .*red\.png: 'a trigger"):
+        trainer.train(run, quiet=True)
+
+
+def test_coverage_is_written_and_small_pictures_are_named(home, straight, capsys):
+    rows = [json.loads(line) for line in (straight / "coverage.jsonl").read_text().splitlines()]
+    assert sum(row["visits"] for row in rows) == 6 * 8
+    assert len(rows) == 10
+    run = denoiser(home, "big")
+    run.data.size = 32
+    with pytest.raises(ValueError, match=r"all 10 pictures are smaller than data\.size 32"):
+        trainer.train(run, quiet=True)
 
 
 def test_a_batch_that_does_not_split_is_refused(home):

@@ -11,19 +11,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.data.dataset import to_tensor
-from diffusion.data.source import Picture, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import Picture
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) -> mean and std (B, C, h, w)
 
 
 def posteriors(
-    pictures: Sequence[Picture], size: int, encode: Encode, encoder_hash: str, folder: Path, batch_size: int = 32
+    pictures: Sequence[Picture],
+    size: int,
+    encode: Encode,
+    encoder_hash: str,
+    folder: Path,
+    background: str = "white",
+    batch_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each picture's posterior, ``(N, C, h, w)`` float32 each.
 
-    The file name hashes the pictures' bytes, the size and the encoder: what is found is never stale.
+    The file name hashes the pictures' bytes, the transform and the encoder: what is found is never stale.
     """
-    digest = hashlib.sha256(f"{encoder_hash} {size}".encode())
+    digest = hashlib.sha256(f"{encoder_hash} {size} {background}".encode())
     for picture in pictures:
         digest.update(hashlib.sha256(picture.file.read_bytes()).digest())
     file = folder / f"latents-{digest.hexdigest()[:32]}.safetensors"
@@ -32,7 +39,8 @@ def posteriors(
         return kept["mean"], kept["std"]
     means, stds = [], []
     for start in tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", leave=False):
-        pixels = np.stack([read_pixels(picture.file, size) for picture in pictures[start : start + batch_size]])
+        some = pictures[start : start + batch_size]
+        pixels = np.stack([read_pixels(picture.file, size, background) for picture in some])
         mean, std = encode(to_tensor(pixels))
         means.append(mean.float().cpu().contiguous())
         stds.append(std.float().cpu().contiguous())

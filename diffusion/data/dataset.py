@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffusion import rng
 from diffusion.data.order import Visit
-from diffusion.data.source import Picture, read_pixels
+from diffusion.data.pixels import read_pixels
+from diffusion.data.source import Picture
 
 Batch = dict[str, Tensor]
 
@@ -31,6 +32,7 @@ class PixelSet:
     seed: int
     latent_channels: int
     factor: int  # pixels per latent cell along one side
+    background: str = "white"
     memory: int = 2 << 30
     _kept: dict[Path, npt.NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
@@ -55,7 +57,7 @@ class PixelSet:
 
     def _pixels(self, file: Path) -> npt.NDArray[np.uint8]:
         if (pixels := self._kept.get(file)) is None:
-            pixels = read_pixels(file, self.size)
+            pixels = read_pixels(file, self.size, self.background)
             if len(self._kept) * pixels.nbytes < self.memory:
                 self._kept[file] = pixels
         return pixels

@@ -1,17 +1,23 @@
-"""Read a captioned image folder: its ``metadata.jsonl`` into records, its files into pixels."""
+"""Read a captioned image folder, in any of the layouts that people have, into records."""
 
+import csv
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
+from diffusion.data.pixels import read_size
 from diffusion.rng import name_id
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # an explicit list: no format that runs code or calls a program
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SOURCES = ("auto", "metadata", "txt", "folder", "file")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,68 +25,171 @@ class Picture:
     """One picture and what may be said of it."""
 
     file: Path
-    text: str
+    texts: tuple[str, ...]  # captions that mean the same; each visit takes one
     keywords: tuple[str, ...]
     group: str
+    weight: float  # how often it is drawn, in relation to the others
     id: int  # a function of the file name alone: adding a picture changes no other picture's draws
 
+    @property
+    def text(self) -> str:
+        """The first caption."""
+        return self.texts[0]
 
-def read_folder(path: str | Path, split: str = "train", group: str | None = None) -> list[Picture]:
-    """The pictures of one split, in the order of the file. ``group`` names the metadata field to balance over.
 
-    A row without a ``split`` belongs to ``train``. ``ValueError`` names the line and what is wrong with it.
+def read_folder(
+    path: str | Path, split: str = "train", group: str | None = None, source: str = "auto"
+) -> list[Picture]:
+    """The pictures of one split. ``group`` names the metadata field to balance over.
+
+    ``source`` says where captions are: ``metadata`` (metadata.jsonl, or metadata.csv), ``txt`` (a file beside each
+    picture, a caption a line), ``folder`` (the folder's name; ``10_red car`` weighs 10) or ``file`` (the file's name);
+    ``auto`` takes the first of ``metadata`` and ``txt`` that is there. Rows without a ``split`` belong to ``train``.
+    ``ValueError`` names the place and what is wrong with it.
     """
-    folder, listing = Path(path), Path(path) / "metadata.jsonl"
-    if not listing.is_file():
-        raise ValueError(f"{listing} does not exist: it needs one JSON object a line with file_name and text")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; data.path names a folder of pictures")
+    source = _find_source(folder) if source == "auto" else source
     pictures = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, row in _rows(folder, source):
         try:
-            row = json.loads(line)
             if row.get("split", "train") == split:
                 pictures.append(_picture(folder, row, group))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{listing}, line {number}: {type(error).__name__} {error}; need file_name and text"
-            ) from None
-    missing = [str(picture.file) for picture in pictures if not picture.file.is_file()]
-    if missing:
-        raise ValueError(f"{listing}: {len(missing)} of {len(pictures)} files do not exist, first {missing[0]}")
-    if not pictures:
-        raise ValueError(f"{listing}: no picture has the split {split!r}")
+        except (KeyError, AttributeError, TypeError) as error:
+            reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{where}: {reason}; a row holds file_name and text") from None
+    _check(folder, pictures, split)
     return pictures
 
 
-def _picture(folder: Path, row: dict, group: str | None) -> Picture:
-    return Picture(
-        file=folder / row["file_name"],
-        text=row["text"],
-        keywords=tuple(row.get("keywords", ())),
-        group=str(row[group]) if group is not None else row["file_name"],
-        id=name_id(row["file_name"]),
-    )
-
-
-def read_pixels(file: Path, size: int) -> npt.NDArray[np.uint8]:
-    """A picture as ``(size, size, 3)`` uint8 RGB: turned as EXIF says, laid on white, fitted and centre-cropped."""
-    try:
-        with Image.open(file, formats=FORMATS) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            return np.asarray(image)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
+def leave_out_small(pictures: Sequence[Picture], size: int) -> tuple[list[Picture], dict[str, str]]:
+    """Those with both sides of at least ``size`` pixels, and the reason for each of the others by its file."""
+    sides = {picture.file: read_size(picture.file) for picture in pictures}
+    small = {
+        str(file): f"{width}x{height} is smaller than {size}x{size}"
+        for file, (width, height) in sides.items()
+        if min(width, height) < size
+    }
+    kept = [picture for picture in pictures if str(picture.file) not in small]
+    if not kept:
+        raise ValueError(
+            f"all {len(pictures)} pictures are smaller than data.size {size}: lower it, or set data.upscale=true"
+        )
+    return kept, small
 
 
 def group_weights(pictures: Sequence[Picture], power: float) -> npt.NDArray[np.float64]:
-    """Share of the draws for each picture, summing to 1: one over the size of its group, to the given power."""
+    """Share of the draws for each picture, summing to 1: its weight over the size of its group to the given power."""
     _, inverse, counts = np.unique([picture.group for picture in pictures], return_inverse=True, return_counts=True)
-    weights = counts[inverse].astype(np.float64) ** -power
+    weights = counts[inverse].astype(np.float64) ** -power * [picture.weight for picture in pictures]
     return weights / weights.sum()
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def _find_source(folder: Path) -> str:
+    if any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv")):
+        return "metadata"
+    if any(file.with_suffix(".txt").is_file() for file in _images(folder)):
+        return "txt"
+    raise ValueError(
+        f"{folder} has no captions: it needs metadata.jsonl, metadata.csv or a .txt beside each picture, "
+        "or set data.captions.source=folder or =file to take names as captions"
+    )
+
+
+def _rows(folder: Path, source: str) -> Iterator[tuple[str, Row]]:
+    """(where it stands, row) of every picture."""
+    if source == "metadata":
+        yield from _jsonl(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else _csv(folder)
+        return
+    for file in _images(folder):
+        row: Row = {"file_name": file.relative_to(folder).as_posix()}
+        if source == "txt":
+            row["text"] = _sidecar(file)
+        elif source == "folder":
+            repeats, name = re.fullmatch(r"(?:(\d+)_)?(.*)", file.parent.resolve().name).groups()  # type: ignore[union-attr]
+            row |= {"text": _words(name), "weight": float(repeats or 1)}
+        else:
+            row["text"] = _words(re.sub(r"[ _-]*(\(\d+\)|\d+)$", "", file.stem) or file.stem)
+        yield str(file), row
+
+
+def _jsonl(listing: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{listing}, line {number}: not JSON ({error})") from None
+            yield f"{listing}, line {number}", row
+
+
+def _csv(folder: Path) -> Iterator[tuple[str, Row]]:
+    listing = folder / "metadata.csv"
+    if not listing.is_file():
+        raise ValueError(f"{folder} has neither metadata.jsonl nor metadata.csv")
+    with open(listing, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        for row in reader:
+            given = {key: value for key, value in row.items() if key is not None and value not in (None, "")}
+            if "weight" in given:
+                given["weight"] = _number(given["weight"])
+            if "keywords" in given:
+                given["keywords"] = [word.strip() for word in given["keywords"].split(",") if word.strip()]
+            yield f"{listing}, line {reader.line_num}", given
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def _sidecar(file: Path) -> list[str]:
+    listing = file.with_suffix(".txt")
+    if not listing.is_file():
+        raise ValueError(f"{file} has no {listing.name} beside it: write its caption there")
+    return [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _words(name: str) -> str:
+    return " ".join(re.split(r"[_\-\s]+", name)).strip()
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")  # refused with its place when the row is read
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _picture(folder: Path, row: Row, group: str | None) -> Picture:
+    name, weight = row["file_name"], row.get("weight", 1.0)
+    texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        raise TypeError("text must be a caption or a list of captions")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise TypeError(f"weight must be a number above 0, got {weight!r}")
+    return Picture(
+        file=folder / name,
+        texts=tuple(texts),
+        keywords=tuple(row.get("keywords", ())),
+        group=str(row[group]) if group is not None else name,
+        weight=float(weight),
+        id=name_id(name),
+    )
+
+
+def _check(folder: Path, pictures: Sequence[Picture], split: str) -> None:
+    if not pictures:
+        raise ValueError(f"{folder}: no picture has the split {split!r}")
+    missing = [str(picture.file) for picture in pictures if not picture.file.is_file()]
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} of {len(pictures)} files do not exist, first {missing[0]}")
+    file, times = Counter(picture.file for picture in pictures).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{folder}: {file} is listed {times} times; several captions go into one row, as a list")

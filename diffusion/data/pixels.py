@@ -1,0 +1,78 @@
+"""Decode a picture as it is meant to look: sRGB, upright, on a background, fitted to a square."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # an explicit list: no format that runs code or calls a program
+
+
+def read_pixels(file: Path, size: int, background: str = "white") -> npt.NDArray[np.uint8]:
+    """A picture as ``(size, size, 3)`` uint8 sRGB, scaled to cover the square and centre-cropped.
+
+    Of an animation the first frame. ``ValueError`` names a file that cannot be read.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            image = to_rgb(opened, background)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def read_size(file: Path) -> tuple[int, int]:
+    """Width and height from the header, as stored: before EXIF turns it. ``ValueError`` names an unreadable file."""
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            return opened.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Mode RGB in the sRGB colour space, turned as EXIF says, with what is transparent laid on the background.
+
+    Pillow's ``convert("RGB")`` alone bares the colours hidden under transparency, clips 16-bit greys to white and
+    ignores colour profiles.
+    """
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _from_16_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        colours = _to_srgb(image.convert("RGB"), profile)
+        colours.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), colours).convert("RGB")
+    return _to_srgb(image.convert("RGB") if image.mode in ("1", "P") else image, profile)
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """By its profile where there is one that fits the pixels; a damaged one counts as none, as in browsers."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            space = source.profile.xcolor_space.strip()
+            if space == {"L": "GRAY"}.get(image.mode, image.mode):
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+                assert converted is not None  # it is only in place that nothing comes back
+                return converted
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")
