@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+SPARE = 64 << 20  # bytes left for logs and samples
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,23 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def write(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int = 2) -> Path:
-    """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep_last``."""
+def write(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int = 0) -> Path:
+    """Write ``folder/step-<step>`` atomically, then remove all but the newest ``keep_last``.
+
+    Those at multiples of ``keep_every`` steps stay. OSError, with nothing written or removed, if the disk is too full.
+    """
     final, stage = folder / f"step-{step:08d}", folder / f".stage-{os.getpid()}"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+    for left in folder.glob(".stage-*"):  # of a process that was killed: there is one writer a run
+        shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    need = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if need + SPARE > free:
+        raise OSError(
+            f"{folder}: a checkpoint takes {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
+            "make room and run the same command again"
+        )
+    stage.mkdir()
     for name, tensors in checkpoint.tensors.items():
         save_file(
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, stage / f"{name}.safetensors"
@@ -45,7 +58,8 @@ def write(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int = 2) -
     stage.rename(final)
     _flush(folder)
     for old in sorted(folder.glob("step-*"))[:-keep_last]:
-        shutil.rmtree(old)
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(old)
     return final
 
 

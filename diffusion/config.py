@@ -88,13 +88,15 @@ class Model:
 
 @dataclass(config=STRICT, kw_only=True)
 class Loss:
-    """Weights and densities. The first three belong to the denoiser, the others to the autoencoder."""
+    """Weights and densities. The last four belong to the autoencoder, the others to the denoiser."""
 
     weighting: Annotated[Literal["uniform", "min_snr"], "loss weight over noise levels"] = "uniform"
     gamma: Annotated[Annotated[float, Field(gt=0)], "min-SNR ceiling (2303.09556)"] = 5.0
     density: Annotated[Literal["uniform", "logit_normal"], "distribution of training times"] = "uniform"
     density_mean: Annotated[float, "logit-normal mean: above 0 trains more at high noise"] = 0.0
     density_std: Annotated[Annotated[float, Field(gt=0)], "logit-normal width"] = 1.0
+    offset_noise: Annotated[Rate, "size of noise that is one number a channel, so that brightness is learnt too"] = 0.0
+    input_perturbation: Annotated[Rate, "size of noise that only the network's input gets (2301.11706)"] = 0.0
     l1: Annotated[Rate, "weight of the absolute pixel error"] = 1.0
     mse: Annotated[Rate, "weight of the squared pixel error"] = 1.0
     gradient: Annotated[Rate, "weight of the absolute error of horizontal and vertical differences"] = 0.0
@@ -111,7 +113,10 @@ class Train:
     lr: Annotated[Rate, "peak learning rate"] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine", "linear"], "after the warm-up"] = "constant"
     warmup: Annotated[Count, "steps of linear warm-up"] = 0
-    optimizer: Annotated[Literal["adamw", "muon"], "muon: matrices and kernels move orthogonally"] = "adamw"
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit", "adafactor", "muon", "prodigy", "schedule_free"],
+        "adamw8bit, prodigy and schedule_free if their packages are installed",
+    ] = "adamw"
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2), "AdamW betas"] = Field(
         default_factory=lambda: [0.9, 0.999]
     )
@@ -120,6 +125,10 @@ class Train:
     ema: Annotated[
         Annotated[float, Field(ge=0, lt=1)], "decay of the averaged weights that are shipped; 0 turns it off"
     ] = 0.999
+    ema_every: Annotated[Positive, "optimizer steps between updates of the averaged weights"] = 1
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass: less memory, more time"] = (
+        False
+    )
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "autocast precision; auto measures"] = "auto"
     compile: Annotated[bool, "torch.compile the network, if its gradients then prove equal"] = False
     workers: Annotated[Count, "data worker processes"] = 0
@@ -127,6 +136,7 @@ class Train:
     sample_every: Annotated[Count, "steps between sample grids; 0: only at the end"] = 1000
     checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)], "wall-clock minutes between checkpoints"] = 10.0
     keep_last: Annotated[Positive, "checkpoints kept"] = 2
+    keep_every: Annotated[Count, "checkpoints at multiples of this many steps are kept for good; 0: none"] = 0
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -14,16 +14,21 @@ class Ema:
     are forgotten early (the warm-up of k-diffusion and diffusers' ``EMAModel`` with power 3/4).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, every: int = 1) -> None:
+        self.decay, self.every = decay, every
         self.weights: dict[str, Tensor] = {
             n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad
         }
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move towards the module's weights; ``step`` counts the optimizer steps done, from 1."""
-        decay = min(self.decay, 1 - (1 + step) ** -0.75)
+        """Move towards the module's weights; ``step`` counts the optimizer steps done, from 1.
+
+        Of ``every`` calls one does so, by as much as all of them would have.
+        """
+        if step % self.every:
+            return
+        decay = min(self.decay, 1 - (1 + step) ** -0.75) ** self.every
         live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
 

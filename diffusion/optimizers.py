@@ -1,5 +1,7 @@
 """Optimizers by name, and their state under names that do not depend on the order of parameters."""
 
+import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from diffusion.config import Train
 
 
 def build(module: nn.Module, train: Train) -> torch.optim.Optimizer:
-    """The optimizer that the config names, over what is trainable; weight decay on matrices and kernels only."""
+    """The optimizer that the config names, over what is trainable; weight decay on matrices and kernels only.
+
+    ValueError if it lives in a package that is not installed.
+    """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     hidden = {id(parameter) for parameter in _hidden_weights(module)} if train.optimizer == "muon" else set()
     decay, plain = {"weight_decay": train.weight_decay}, {"weight_decay": 0.0}
@@ -18,8 +23,28 @@ def build(module: nn.Module, train: Train) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if p.ndim <= 1], **plain},
         {"params": [p for p in trainable if id(p) in hidden], "orthogonal": True, **decay},
     ]
-    kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
-    return kind([g for g in groups if g["params"]], lr=train.lr, betas=(train.betas[0], train.betas[1]), fused=True)
+    groups = [group for group in groups if group["params"]]
+    betas = (train.betas[0], train.betas[1])
+    match train.optimizer:
+        case "adamw":  # Loshchilov & Hutter 1711.05101
+            return torch.optim.AdamW(groups, lr=train.lr, betas=betas, fused=True)
+        case "muon":
+            return Muon(groups, lr=train.lr, betas=betas, fused=True)
+        case "adafactor":  # Shazeer & Stern 1804.04235: the second moments of a matrix in its rows and columns
+            return torch.optim.Adafactor(groups, lr=train.lr)
+        case "adamw8bit":  # Dettmers et al. 2110.02861
+            return _installed("bitsandbytes").optim.AdamW8bit(groups, lr=train.lr, betas=betas)
+        case "prodigy":  # Mishchenko & Defazio 2306.06101: train.lr multiplies the size it finds, so it is 1
+            return _installed("prodigyopt").Prodigy(groups, lr=train.lr, betas=betas)
+        case _:  # "schedule_free": Defazio et al. 2405.15682; wants a constant train.lr_schedule and no EMA
+            return _installed("schedulefree").AdamWScheduleFree(groups, lr=train.lr, betas=betas)
+
+
+def _installed(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"this optimizer needs {package}: pip install {package}") from None
 
 
 class Muon(torch.optim.AdamW):
@@ -69,21 +94,35 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def state_tensors(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state under ``<parameter>.<name>``."""
+    """The optimizer's state of each parameter under ``<parameter>.<name>``."""
     state = optimizer.state
-    return {f"{n}.{key}": value for n, p in module.named_parameters() if p in state for key, value in state[p].items()}
+    return {
+        f"{n}.{key}": torch.as_tensor(value)
+        for n, p in module.named_parameters()
+        if p in state
+        for key, value in state[p].items()
+    }
 
 
-def load_state_tensors(optimizer: Any, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """What :func:`state_tensors` gave; moments take the memory layout of their parameter, as fused kernels expect."""
+def state_numbers(optimizer: Any) -> list[dict[str, float]]:
+    """What an optimizer has found for each group of parameters: Prodigy's step size, schedule-free's weights."""
+    return [{key: value for key, value in g.items() if isinstance(value, int | float)} for g in optimizer.param_groups]
+
+
+def load_state(
+    optimizer: Any, module: nn.Module, tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, float]]
+) -> None:
+    """What the two above gave; moments take the memory layout of their parameter, as fused kernels expect."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)
         found.setdefault(parameter, {})[key] = value
     for name, parameter in module.named_parameters():
         for key, value in found.get(name, {}).items():
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+            like = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
             optimizer.state[parameter][key] = like.to(parameter.device).copy_(value)
+    for group, values in zip(optimizer.param_groups, numbers, strict=False):
+        group.update({key: values[key] for key in group.keys() & values.keys() - {"lr", "weight_decay"}})
 
 
 def _hidden_weights(module: nn.Module) -> list[Tensor]:

@@ -89,6 +89,8 @@ class AutoencoderTask:
         self.network: nn.Module = self.vae
         if not config.train.compile:
             speed_up_group_norm(self.vae)
+        if config.train.gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
         self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
         self.dataset = PixelSet(
             pictures=pictures,
@@ -144,7 +146,8 @@ class DenoisingLoss(nn.Module):
         u = objectives.unit_time(w.density, batch["u"], w.density_mean, w.density_std)
         t = self.schedule.time_from_unit(u)
         alpha, sigma = (level.float().view(-1, 1, 1, 1) for level in self.schedule.level_at(t))
-        x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+        shown = eps + w.input_perturbation * batch["perturbation"] if w.input_perturbation > 0 else eps
+        x = (alpha * x0 + sigma * shown).contiguous(memory_format=torch.channels_last)
 
         # prediction
         context = text.encode(self.text_encoder, batch["tokens"])
@@ -166,6 +169,8 @@ class TextToImageTask:
         self.model.text_encoder.to(device).train().requires_grad_(config.model.text_encoder is not None)
         if not config.train.compile:  # the compiler fuses group norm by itself
             speed_up_group_norm(self.model.unet)
+        if config.train.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
         self.module: nn.Module = DenoisingLoss(
             self.model.unet, self.model.text_encoder, self.model.forward, config.loss
         )
@@ -178,6 +183,8 @@ class TextToImageTask:
             mean=(mean - (self.model.vae.config.shift_factor or 0)) * scale,
             std=std * scale,
             seed=config.seed,
+            offset_noise=config.loss.offset_noise,
+            input_perturbation=config.loss.input_perturbation,
             caption=self._caption,
             tokenize=partial(text.tokenize, self.model.tokenizer),
         )
@@ -212,7 +219,8 @@ class TextToImageTask:
     def _check_captions(self, pictures: list[Picture]) -> None:
         """Refuse captions that the encoder cannot read whole before anything is computed."""
         trigger = self.config.data.captions.trigger
-        long = [(p.file, text) for p in pictures for text in p.texts if not self._fits(lead(trigger, text))]
+        captions = [(picture.file, lead(trigger, text)) for picture in pictures for text in picture.texts]
+        long = [(file, caption) for file, caption in captions if not self._fits(caption)]
         if long:
             raise ValueError(
                 f"{len(long)} captions are longer than the {self.model.tokenizer.model_max_length - 2} tokens that the "

@@ -46,7 +46,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     if config.train.compile:
         _compile(task, accelerator, micro_batch)
     module, optimizer = accelerator.prepare(task.module, optimizers.build(task.module, config.train))
-    ema = Ema(task.module, config.train.ema)
+    ema = Ema(task.module, config.train.ema, config.train.ema_every)
     order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
     ledger = Ledger(order, pictures, left_out)
     run = Run(config, task, accelerator, optimizer, ema, ledger)
@@ -58,6 +58,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     accumulation = config.train.batch_size // (micro_batch * accelerator.num_processes)
     trainable = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     module.train()
+    optimizer.train()
 
     for step in run.steps(first, quiet or not accelerator.is_main_process):
         # learning rate, in optimizer steps whatever the number of processes
@@ -65,18 +66,20 @@ def train(config: Config, *, quiet: bool = False) -> Path:
             group["lr"] = learning_rate(config.train, step)
 
         # gradients: the mean over the whole batch, however it is split
-        loss = torch.zeros((), device=accelerator.device)
+        loss, seen = torch.zeros((), device=accelerator.device), []
         for micro in range(accumulation):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(loader).items()}
             last = micro == accumulation - 1
             with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
-                share = module(batch).mean() / accumulation
+                losses = module(batch)
+                share = losses.mean() / accumulation
             accelerator.backward(share)
             loss += share.detach()
+            seen.append((batch["id"], losses.detach()))
 
         # update, unless it would spread a NaN over the weights
         norm = accelerator.clip_grad_norm_(trainable, config.train.clip if config.train.clip > 0 else math.inf)
-        run.check_finite(step, loss, norm)
+        run.check_finite(step, loss, norm, seen)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if config.train.ema > 0:
@@ -127,7 +130,9 @@ class Run:
         self.task.module.load_state_dict(dict(found.tensors["weights"]))
         for name, weight in self.ema.weights.items():
             weight.copy_(found.tensors["ema"][name])
-        optimizers.load_state_tensors(self.optimizer, self.task.module, dict(found.tensors["optimizer"]))
+        optimizers.load_state(
+            self.optimizer, self.task.module, found.tensors["optimizer"], found.state.get("optimizer", ())
+        )
         self.checkpointed = found.state["step"]
         self._trim_metrics(self.checkpointed)
         self._say(f"resuming {self.folder} at step {self.checkpointed}")
@@ -158,14 +163,21 @@ class Run:
 
     # --- after each step
 
-    def check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
-        """Stop before the update if the loss or the gradient is not finite, with the state as it was saved."""
+    def check_finite(self, step: int, loss: Tensor, norm: Tensor | None, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Stop before the update if the loss or the gradient is not finite on any process; the state is saved.
+
+        ``seen`` holds the ids and losses, shape ``(B,)``, of the step's micro-batches, to name the pictures.
+        """
         finite = bool(torch.isfinite(loss)) and (norm is None or bool(torch.isfinite(norm)))
         if self._any(not finite):
             self.save(step)
+            ids, losses = (torch.cat(parts).tolist() for parts in zip(*seen, strict=True))
+            culprits = {i for i, one in zip(ids, losses, strict=True) if not math.isfinite(one)} or set(ids)
+            files = [str(picture.file) for picture in self.ledger.pictures if picture.id in culprits]
             raise FloatingPointError(
-                f"step {step}: the loss or its gradient is not finite; nothing was updated, and "
-                f"{self.folder} holds the state before it. Lower train.lr, or set train.precision=fp32"
+                f"step {step}: the loss or its gradient is not finite; nothing was updated, and {self.folder} holds "
+                f"the state before it. Lower train.lr, set train.precision=fp32, or look at {', '.join(files[:8])}"
+                + (f" and {len(files) - 8} more" if len(files) > 8 else "")
             )
 
     def finish_step(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
@@ -188,17 +200,20 @@ class Run:
                 "ema": self.ema.weights,
                 "optimizer": optimizers.state_tensors(self.optimizer, self.task.module),
             }
-            state = Checkpoint(groups, {"step": step})
-            checkpoint.write(self.folder / "checkpoints", step, state, self.config.train.keep_last)
+            state = Checkpoint(groups, {"step": step, "optimizer": optimizers.state_numbers(self.optimizer)})
+            keep = (self.config.train.keep_last, self.config.train.keep_every)
+            checkpoint.write(self.folder / "checkpoints", step, state, *keep)
             self.ledger.write(self.folder / "coverage.jsonl", step * self.config.train.batch_size)
         self.accelerator.wait_for_everyone()
         self.saved_at, self.checkpointed = time.monotonic(), step
 
     def export(self, step: int) -> None:
         """The model folder and a sample grid, from the averaged weights."""
+        self.optimizer.eval()  # schedule-free averages in place; to others this is nothing
         with self.ema.applied(self.task.module) if self.config.train.ema > 0 else nullcontext():
             self.task.save(self.folder / "model", torch.bfloat16)
             images = self.task.samples()
+        self.optimizer.train()
         (self.folder / "samples").mkdir(exist_ok=True)
         make_grid(images, columns=8).save(self.folder / "samples" / f"step-{step:08d}.png")
 

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent (the trap of a half-written "latest")."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_older_ones_are_pruned(tmp_path):
     for step in (1, 2, 10):
         checkpoint.write(tmp_path, step, some(step), keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+
+
+def test_some_are_kept_for_good(tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        checkpoint.write(tmp_path, step, some(step), keep_last=1, keep_every=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020", "step-00000025"]
+
+
+def test_a_full_disk_is_told_before_anything_is_lost(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, 1, some(1.0), keep_last=1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
+    with pytest.raises(OSError, match="make room"):
+        checkpoint.write(tmp_path, 2, some(2.0), keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_stage_of_a_killed_process_is_cleared(tmp_path):
+    (tmp_path / ".stage-1").mkdir()
+    checkpoint.write(tmp_path, 1, some(1.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("damage", ["missing manifest", "missing file", "flipped byte", "truncated"])

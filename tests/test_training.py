@@ -157,20 +157,16 @@ def test_what_train_writes_generate_reads(straight):
     assert config.load(straight / "config.yaml").folder == straight
 
 
-@pytest.fixture(scope="module")
-def straight_muon(home):
-    run = denoiser(home, "straight_muon", optimizer="muon")
-    trainer.train(run, quiet=True)
-    assert any(name.endswith(".momentum") for name in weights(run.folder)["optimizer"])
-    return run.folder
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(home, straight, monkeypatch, stop_after):
+    run = denoiser(home, f"stopped-{stop_after}")
+    stop_and_go_on(run, monkeypatch, stop_after)
+    assert difference(weights(straight), weights(run.folder)) == 0
+    assert metrics(run.folder) == metrics(straight)
+    assert len(metrics(straight)) == 6
 
 
-@pytest.mark.parametrize(("whole", "stop_after"), [("straight", 1), ("straight", 4), ("straight_muon", 3)])
-def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(
-    home, request, monkeypatch, whole, stop_after
-):
-    straight = request.getfixturevalue(whole)
-    run = denoiser(home, f"stopped-{stop_after}", optimizer="muon" if stop_after == 3 else "adamw")
+def stop_and_go_on(run, monkeypatch, stop_after):
     finish_step = trainer.Run.finish_step
 
     def finish_and_stop(self, step, loss, norm):
@@ -182,9 +178,35 @@ def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(
         trainer.train(run, quiet=True)
     monkeypatch.undo()
     trainer.train(run, quiet=True)
-    assert difference(weights(straight), weights(run.folder)) == 0
-    assert metrics(run.folder) == metrics(straight)
-    assert len(metrics(straight)) == 6
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [
+        ("muon", "torch"),
+        ("adafactor", "torch"),
+        ("prodigy", "prodigyopt"),
+        ("schedule_free", "schedulefree"),
+        ("adamw8bit", "bitsandbytes"),
+    ],
+)
+def test_every_optimizer_learns_and_resumes_bit_for_bit(home, monkeypatch, optimizer, package):
+    pytest.importorskip(package)
+    rate = {"prodigy": 1.0, "adafactor": 1e-2}.get(optimizer, 3e-3)
+    options = {"optimizer": optimizer, "lr": rate, "lr_schedule": "constant", "steps": 30, "ema": 0}
+    whole, halved = (denoiser(home, f"{optimizer}-{name}", **options) for name in ("whole", "halved"))
+    trainer.train(whole, quiet=True)
+    stop_and_go_on(halved, monkeypatch, 17)
+    assert difference(weights(whole.folder), weights(halved.folder)) == 0
+    assert metrics(whole.folder) == metrics(halved.folder)
+    losses = metrics(whole.folder)
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+
+
+def test_an_optimizer_that_is_not_installed_says_how_to_get_it(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ValueError, match="pip install prodigyopt"):
+        trainer.train(denoiser(home, "missing", optimizer="prodigy"), quiet=True)
 
 
 def test_muon_is_pytorchs_on_matrices_and_takes_kernels_in_either_layout():
@@ -256,11 +278,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
 
     def break_third(self, batch):
         calls.append(1)
-        return forward(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
+        losses = forward(self, batch)
+        return losses * torch.where(torch.arange(len(losses)) == 5, float("nan"), 1.0) if len(calls) == 3 else losses
 
     monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", break_third)
-    with pytest.raises(FloatingPointError, match="step 2"):
+    with pytest.raises(FloatingPointError, match=r"step 2.* look at ") as caught:
         trainer.train(run, quiet=True)
+    order = trainer.Order(0, trainer.group_weights(read_folder(home), 0.0))
+    poisoned = read_folder(home)[order.visits(16, 24)[5][0]].file
+    assert str(caught.value).endswith(f"look at {poisoned}"), "the one picture whose loss is not a number"
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.folder)["weights"].values())
 
 
@@ -296,6 +322,29 @@ def test_learning_rate(schedule, values):
     assert [trainer.learning_rate(train, step) for step in (50, 80)] == pytest.approx(values)
 
 
+def test_gradient_checkpointing_changes_nothing(home, straight):
+    run = denoiser(home, "recomputed", gradient_checkpointing=True)
+    trainer.train(run, quiet=True)
+    assert difference(weights(straight), weights(run.folder)) < 1e-5
+
+
+def test_offset_noise_and_input_perturbation_are_keyed_and_reach_the_loss(home, straight):
+    run = denoiser(home, "noisy")
+    run.loss.offset_noise, run.loss.input_perturbation = 0.3, 0.2
+    trainer.train(run, quiet=True)
+    assert metrics(run.folder)[0] != metrics(straight)[0]
+    task = trainer.tasks.build(run, read_folder(home), torch.device("cpu"))
+    batch = task.dataset.__getitems__([(0, 0), (1, 3)])
+    plain = trainer.tasks.build(denoiser(home, "plain"), read_folder(home), torch.device("cpu"))
+    added = batch["noise"] - plain.dataset.__getitems__([(0, 0), (1, 3)])["noise"]
+    assert added.std(dim=(2, 3)).max() < 1e-6, "the same for every place of a channel"
+    assert added.mean(dim=(2, 3)).abs().min() > 0
+    alone = task.dataset.__getitems__([(1, 3)])
+    assert all(torch.equal(alone[name][0], batch[name][1]) for name in batch)
+    blind = batch | {"perturbation": torch.zeros_like(batch["perturbation"])}
+    assert not torch.equal(task.module(batch), task.module(blind))
+
+
 def test_ema_follows_and_is_put_back():
     module = torch.nn.Linear(2, 1)
     ema = Ema(module, 0.9)
@@ -312,3 +361,15 @@ def test_ema_follows_and_is_put_back():
     assert torch.equal(module.weight, before + 1)
     ema.update(module, 1)  # early on it forgets fast: decay 1 - 2^-0.75
     assert torch.allclose(ema.weights["weight"], before + 0.1 + 0.9 * 2**-0.75)
+
+
+def test_ema_may_take_many_steps_at_once():
+    often, seldom = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    averages = [Ema(module.requires_grad_(), 0.9, every) for module, every in ((often, 1), (seldom, 4))]
+    for module, average in zip((often, seldom), averages, strict=True):
+        average.weights["weight"].zero_()
+        module.weight.data.fill_(1.0)
+        for step in range(10_001, 10_009):
+            average.update(module, step)
+    assert averages[0].weights["weight"].item() == pytest.approx(1 - 0.9**8)
+    assert averages[1].weights["weight"].item() == pytest.approx(1 - 0.9**8)

@@ -71,6 +71,8 @@ class LatentSet:
     mean: Tensor  # (N, C, h, w)
     std: Tensor
     seed: int
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
     caption: Callable[[Picture, int], str]
     tokenize: Callable[[list[str]], Tensor]
 
@@ -82,11 +84,18 @@ class LatentSet:
         pictures = [self.pictures[i] for i in index]
         ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
         shape = self.mean.shape[1:]
-        draw = rng.normal(self.seed, "posterior", ids, numbers, shape=shape)
-        return {
-            "latents": self.mean[index] + self.std[index] * torch.from_numpy(draw),
+
+        def normal(purpose: str, *shape: int) -> Tensor:
+            return torch.from_numpy(rng.normal(self.seed, purpose, ids, numbers, shape=shape))
+
+        noise = normal("noise", *shape)
+        if self.offset_noise > 0:
+            noise = noise + self.offset_noise * normal("noise.offset", shape[0], 1, 1)
+        extra = {"perturbation": normal("noise.input", *shape)} if self.input_perturbation > 0 else {}
+        return extra | {
+            "latents": self.mean[index] + self.std[index] * normal("posterior", *shape),
             "tokens": self.tokenize([self.caption(p, n) for p, n in zip(pictures, numbers, strict=True)]),
-            "noise": torch.from_numpy(rng.normal(self.seed, "noise", ids, numbers, shape=shape)),
+            "noise": noise,
             "u": torch.from_numpy(rng.uniform(self.seed, "time", ids, numbers, size=1))[:, 0],
             "id": torch.tensor(ids),
             "visit": torch.tensor(numbers),
