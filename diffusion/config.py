@@ -57,6 +57,9 @@ class Data:
     background: Annotated[
         Annotated[str, Field(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")], "shown where a picture is transparent"
     ] = "white"
+    hold_out: Annotated[
+        Fraction, "share of pictures, chosen by their names, that is never trained on; rows of split held_out never are"
+    ] = 0.0
     balance: Annotated[str | None, "metadata field that names a group; its members share one weight"] = None
     balance_power: Annotated[Fraction, "1: every group is drawn equally often; 0: every picture is"] = 1.0
     captions: Annotated[Captions, "caption choice"] = Field(default_factory=Captions)
@@ -134,6 +137,8 @@ class Train:
     workers: Annotated[Count, "data worker processes"] = 0
     log_every: Annotated[Positive, "steps between lines of metrics.jsonl"] = 50
     sample_every: Annotated[Count, "steps between sample grids; 0: only at the end"] = 1000
+    validate_every: Annotated[Count, "steps between losses on fixed probes, held out and trained on; 0: never"] = 0
+    validate_pictures: Annotated[Positive, "pictures of each probe"] = 64
     checkpoint_minutes: Annotated[Annotated[float, Field(gt=0)], "wall-clock minutes between checkpoints"] = 10.0
     keep_last: Annotated[Positive, "checkpoints kept"] = 2
     keep_every: Annotated[Count, "checkpoints at multiples of this many steps are kept for good; 0: none"] = 0

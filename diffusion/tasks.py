@@ -1,6 +1,7 @@
 """What can be trained: each task is a choice of trainable parameters and a loss, never another loop."""
 
 import copy
+import dataclasses
 import hashlib
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import objectives
+from diffusion import objectives, rng
 from diffusion.config import Config, Loss
 from diffusion.data import cache
 from diffusion.data.captions import choose_caption, lead
@@ -30,6 +31,9 @@ class Task(Protocol):
     module: nn.Module  # trained; module(batch) gives one loss a sample, shape (B,)
     dataset: Any  # visits -> batch
     network: nn.Module  # the part that takes the time, which may be compiled
+
+    def probe(self, pictures: list[Picture]) -> Any:
+        """A dataset of other pictures that draws by another seed than training, without augmentation."""
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """Write what was trained as a model folder."""
@@ -101,6 +105,9 @@ class AutoencoderTask:
             latent_channels=self.vae.config.latent_channels,
             factor=networks.spatial_factor(self.vae),
         )
+
+    def probe(self, pictures: list[Picture]) -> PixelSet:
+        return dataclasses.replace(self.dataset, pictures=pictures, seed=_probe_seed(self.dataset.seed))
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
         vae = copy.deepcopy(self.vae).float()
@@ -176,17 +183,25 @@ class TextToImageTask:
         )
         self.network: nn.Module = self.model.unet
         self._check_captions(pictures)
-        mean, std = self._cached(pictures)
-        scale = self.model.vae.config.scaling_factor
         self.dataset = LatentSet(
             pictures=pictures,
-            mean=(mean - (self.model.vae.config.shift_factor or 0)) * scale,
-            std=std * scale,
+            **self._latents(pictures),
             seed=config.seed,
             offset_noise=config.loss.offset_noise,
             input_perturbation=config.loss.input_perturbation,
             caption=self._caption,
             tokenize=partial(text.tokenize, self.model.tokenizer),
+        )
+
+    def probe(self, pictures: list[Picture]) -> LatentSet:
+        self._check_captions(pictures)
+        return dataclasses.replace(
+            self.dataset,
+            pictures=pictures,
+            **self._latents(pictures),
+            seed=_probe_seed(self.config.seed),
+            in_bins=True,
+            caption=lambda picture, _: lead(self.config.data.captions.trigger, picture.text),
         )
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -229,6 +244,12 @@ class TextToImageTask:
 
     def _fits(self, caption: str) -> bool:
         return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
+
+    def _latents(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        """Mean and standard deviation of the posteriors, on the scale that the U-Net sees."""
+        mean, std = self._cached(pictures)
+        vae = self.model.vae.config
+        return {"mean": (mean - (vae.shift_factor or 0)) * vae.scaling_factor, "std": std * vae.scaling_factor}
 
     def _cached(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
         vae = self.model.vae
@@ -290,6 +311,10 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         forward=Forward(beta_schedule=m.beta_schedule, zero_terminal_snr=m.zero_terminal_snr, prediction=m.prediction),
         recipe=recipe,
     )
+
+
+def _probe_seed(seed: int) -> int:
+    return rng.name_id(f"probe {seed}")
 
 
 def _mean(error: Tensor) -> Tensor:

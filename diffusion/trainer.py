@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import checkpoint, optimizers, tasks
+from diffusion import checkpoint, optimizers, tasks, validation
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
 from diffusion.data.coverage import Ledger
 from diffusion.data.order import Order, batches
-from diffusion.data.source import Picture, group_weights, leave_out_small, read_folder
+from diffusion.data.source import Picture, group_weights, hold_out, leave_out_small, read_folder
 from diffusion.ema import Ema
 from diffusion.images import make_grid
 from diffusion.models.group_norm import speed_up_group_norm
@@ -41,7 +41,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     """
     accelerator = _accelerator(config.train)
     micro_batch = _micro_batch(config.train, accelerator.num_processes)
-    pictures, left_out = _pictures(config)
+    pictures, held_out, left_out = _pictures(config)
     task = tasks.build(config, pictures, accelerator.device)
     if config.train.compile:
         _compile(task, accelerator, micro_batch)
@@ -49,7 +49,10 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     ema = Ema(task.module, config.train.ema, config.train.ema_every)
     order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
     ledger = Ledger(order, pictures, left_out)
-    run = Run(config, task, accelerator, optimizer, ema, ledger)
+    probes = {}
+    if config.train.validate_every and accelerator.is_main_process:
+        probes = validation.sets(task, pictures, held_out, config.train.validate_pictures)
+    run = Run(config, task, accelerator, optimizer, ema, ledger, probes)
     first = run.resume()
 
     plan = (config.train.batch_size, micro_batch, accelerator.process_index, accelerator.num_processes)
@@ -108,13 +111,16 @@ class Run:
     optimizer: Any
     ema: Ema
     ledger: Ledger
+    probes: dict[str, validation.Probe]
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
         self.stop = False
         self.saved_at = self.logged_at = time.monotonic()
         self.losses: list[Tensor] = []
+        self.warned = False
         self.checkpointed = -1
+        self.history = validation.History(self.folder / "validation.jsonl")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
@@ -135,6 +141,8 @@ class Run:
         )
         self.checkpointed = found.state["step"]
         self._trim_metrics(self.checkpointed)
+        if self.accelerator.is_main_process and self.history.rows:
+            self.history.forget_after(self.checkpointed)
         self._say(f"resuming {self.folder} at step {self.checkpointed}")
         return self.checkpointed
 
@@ -185,6 +193,8 @@ class Run:
         self.losses.append(loss)
         if done % t.log_every == 0:
             self._log(done, norm)
+        if t.validate_every and (done % t.validate_every == 0 or done == t.steps):
+            self.validate(done)
         if t.sample_every and done % t.sample_every == 0 and done < t.steps and self.accelerator.is_main_process:
             self.export(done)
         if self._any(time.monotonic() - self.saved_at > 60 * t.checkpoint_minutes):
@@ -209,13 +219,43 @@ class Run:
 
     def export(self, step: int) -> None:
         """The model folder and a sample grid, from the averaged weights."""
-        self.optimizer.eval()  # schedule-free averages in place; to others this is nothing
-        with self.ema.applied(self.task.module) if self.config.train.ema > 0 else nullcontext():
+        with self._shipped():
             self.task.save(self.folder / "model", torch.bfloat16)
             images = self.task.samples()
-        self.optimizer.train()
         (self.folder / "samples").mkdir(exist_ok=True)
         make_grid(images, columns=8).save(self.folder / "samples" / f"step-{step:08d}.png")
+
+    def validate(self, step: int) -> None:
+        """Losses on the probes, of the weights as they are and as they are shipped; the best model is kept."""
+        if self.accelerator.is_main_process:
+            raw = self._measure()
+            with self._shipped():
+                shipped = self._measure() if self.config.train.ema > 0 else raw
+                losses = {name: {"raw": raw[name], "shipped": shipped[name]} for name in self.probes}
+                if self.history.add(step, losses):
+                    self.task.save(self.folder / "best", torch.bfloat16)
+            if (verdict := self.history.verdict()) is not None and not self.warned:
+                self.warned = True
+                self._say(verdict)
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self) -> dict[str, list[float]]:
+        module, size = self.task.module, self.config.train.batch_size
+        module.eval()
+        measured = {
+            name: probe.measure(module, self.accelerator.device, self.accelerator.autocast, size)
+            for name, probe in self.probes.items()
+        }
+        module.train()
+        return measured
+
+    @contextmanager
+    def _shipped(self) -> Iterator[None]:
+        """Within the block the module holds the weights that are shipped: the averaged ones, if there are."""
+        self.optimizer.eval()  # schedule-free averages in place; to others this is nothing
+        with self.ema.applied(self.task.module) if self.config.train.ema > 0 else nullcontext():
+            yield
+        self.optimizer.train()
 
     # --- small print
 
@@ -253,12 +293,17 @@ class Run:
             print(text, file=sys.stderr)
 
 
-def _pictures(config: Config) -> tuple[list[Picture], dict[str, str]]:
-    """What is trained on, and what is left out for which reason."""
-    pictures = read_folder(config.data.path, "train", config.data.balance, config.data.captions.source)
-    if config.data.upscale:
-        return pictures, {}
-    kept, left_out = leave_out_small(pictures, config.data.size)
+def _pictures(config: Config) -> tuple[list[Picture], list[Picture], dict[str, str]]:
+    """What is trained on, what is held out, and what is left out for which reason."""
+    data = config.data
+    pictures = read_folder(data.path, "train", data.balance, data.captions.source)
+    held_out = read_folder(data.path, "held_out", data.balance, data.captions.source, may_be_empty=True)
+    pictures, more = hold_out(pictures, data.hold_out)
+    held_out += more
+    if data.upscale:
+        return pictures, held_out, {}
+    kept, left_out = leave_out_small(pictures, data.size)
+    held_out, unseen = leave_out_small(held_out, data.size)
     if left_out and PartialState().is_main_process:
         file, reason = next(iter(left_out.items()))
         print(
@@ -266,7 +311,7 @@ def _pictures(config: Config) -> tuple[list[Picture], dict[str, str]]:
             "data.upscale=true takes them, coverage.jsonl names all",
             file=sys.stderr,
         )
-    return kept, left_out
+    return kept, held_out, left_out | unseen
 
 
 def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> None:

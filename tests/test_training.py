@@ -17,10 +17,11 @@ from diffusion import TextToImage, config, optimizers, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.pixels import read_pixels
-from diffusion.data.source import read_folder
+from diffusion.data.source import hold_out, read_folder
 from diffusion.ema import Ema
 from diffusion.models.folder import load_vae
 from diffusion.tasks import encode_pixels
+from diffusion.validation import History, Probe
 
 ROOT = Path(__file__).parents[1]
 VAE = {
@@ -234,6 +235,62 @@ def test_muon_is_pytorchs_on_matrices_and_takes_kernels_in_either_layout():
         assert error < 0.05  # bfloat16 rounds otherwise in another layout
     assert torch.allclose(plain.bias, last.bias)
     assert ours.state[plain.bias]["exp_avg"].shape == (64,)  # a vector is AdamW's
+
+
+def test_validation_leaves_training_alone_and_keeps_the_best(home, straight):
+    run = denoiser(home, "validated", validate_every=2, validate_pictures=4)
+    trainer.train(run, quiet=True)
+    assert difference(weights(straight), weights(run.folder)) == 0
+    rows = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert all(0 < row["train"][kind] < 10 for row in rows for kind in ("raw", "shipped"))
+    assert [len(row["bins"]["train"]["raw"]) for row in rows] == [8] * 3
+    assert len({row["train"]["raw"] for row in rows}) == 3
+    assert TextToImage.load(run.folder / "best")("red square", steps=1, seed=0)[0].size == (16, 16)
+
+
+def test_held_out_pictures_are_measured_and_never_trained_on(home, monkeypatch):
+    run = denoiser(home, "held", validate_every=3)
+    run.data.hold_out = 0.4
+    seen = []
+    forward = trainer.tasks.DenoisingLoss.forward
+
+    def watch(self, batch):
+        seen.extend(batch["id"].tolist() if self.training else [])
+        return forward(self, batch)
+
+    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", watch)
+    trainer.train(run, quiet=True)
+    kept, held_out = hold_out(read_folder(home), 0.4)
+    assert 0 < len(held_out) < 10
+    assert set(seen) == {picture.id for picture in kept}
+    rows = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"step", "train", "held_out", "bins"}] * 2
+
+
+def test_a_probe_is_the_same_each_time_and_covers_all_noise(home):
+    run = denoiser(home, "probe")
+    task = trainer.tasks.build(run, read_folder(home), torch.device("cpu"))
+    probe = Probe(task.probe(read_folder(home)), 5)
+    one, two = (probe.dataset.__getitems__(probe.visits) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (one["u"] * 8).int().tolist() == [level for level in range(8) for _ in range(5)]
+    assert len(set(one["id"].tolist())) == 5
+
+
+def test_overfitting_is_said_in_a_sentence(tmp_path):
+    history = History(tmp_path / "validation.jsonl")
+    said = []
+    for step, (train, held_out) in enumerate([(1.0, 1.1), (0.8, 0.9), (0.6, 0.95), (0.5, 0.96), (0.4, 0.97)]):
+        losses = {"train": {"shipped": [train]}, "held_out": {"shipped": [held_out]}}
+        assert history.add(step, losses) == (step < 2)
+        said.append(history.verdict())
+    assert said[:4] == [None] * 4
+    assert "best at step 1 (0.9000) and is now 0.9700" in said[4]
+    again = History(tmp_path / "validation.jsonl")
+    assert again.rows == history.rows
+    again.forget_after(2)
+    assert [row["step"] for row in History(tmp_path / "validation.jsonl").rows] == [0, 1, 2]
 
 
 def test_accumulation_changes_nothing(home, straight):

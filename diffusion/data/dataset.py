@@ -15,6 +15,7 @@ from diffusion.data.pixels import read_pixels
 from diffusion.data.source import Picture
 
 Batch = dict[str, Tensor]
+BINS = 8  # noise levels of a probe
 
 
 def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
@@ -65,7 +66,10 @@ class PixelSet:
 
 @dataclass(kw_only=True)
 class LatentSet:
-    """Cached posteriors with a caption, a noise and a time drawn anew at every visit."""
+    """Cached posteriors with a caption, a noise and a time drawn anew at every visit.
+
+    With ``in_bins`` visit k draws its time from bin k of ``BINS`` equal ones, and the latent is the posterior's mean.
+    """
 
     pictures: Sequence[Picture]
     mean: Tensor  # (N, C, h, w)
@@ -73,6 +77,7 @@ class LatentSet:
     seed: int
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
+    in_bins: bool = False
     caption: Callable[[Picture, int], str]
     tokenize: Callable[[list[str]], Tensor]
 
@@ -91,12 +96,14 @@ class LatentSet:
         noise = normal("noise", *shape)
         if self.offset_noise > 0:
             noise = noise + self.offset_noise * normal("noise.offset", shape[0], 1, 1)
+        u = torch.from_numpy(rng.uniform(self.seed, "time", ids, numbers, size=1))[:, 0]
+        u, spread = ((torch.tensor(numbers) + u) / BINS, 0.0) if self.in_bins else (u, 1.0)
         extra = {"perturbation": normal("noise.input", *shape)} if self.input_perturbation > 0 else {}
         return extra | {
-            "latents": self.mean[index] + self.std[index] * normal("posterior", *shape),
+            "latents": self.mean[index] + spread * self.std[index] * normal("posterior", *shape),
             "tokens": self.tokenize([self.caption(p, n) for p, n in zip(pictures, numbers, strict=True)]),
             "noise": noise,
-            "u": torch.from_numpy(rng.uniform(self.seed, "time", ids, numbers, size=1))[:, 0],
+            "u": u,
             "id": torch.tensor(ids),
             "visit": torch.tensor(numbers),
         }

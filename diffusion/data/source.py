@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion import rng
 from diffusion.data.pixels import read_size
-from diffusion.rng import name_id
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SOURCES = ("auto", "metadata", "txt", "folder", "file")
@@ -38,7 +38,7 @@ class Picture:
 
 
 def read_folder(
-    path: str | Path, split: str = "train", group: str | None = None, source: str = "auto"
+    path: str | Path, split: str = "train", group: str | None = None, source: str = "auto", may_be_empty: bool = False
 ) -> list[Picture]:
     """The pictures of one split. ``group`` names the metadata field to balance over.
 
@@ -59,7 +59,9 @@ def read_folder(
         except (KeyError, AttributeError, TypeError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{where}: {reason}; a row holds file_name and text") from None
-    _check(folder, pictures, split)
+    if not pictures and not may_be_empty:
+        raise ValueError(f"{folder}: no picture has the split {split!r}")
+    _check(folder, pictures)
     return pictures
 
 
@@ -72,11 +74,20 @@ def leave_out_small(pictures: Sequence[Picture], size: int) -> tuple[list[Pictur
         if min(width, height) < size
     }
     kept = [picture for picture in pictures if str(picture.file) not in small]
-    if not kept:
+    if pictures and not kept:
         raise ValueError(
             f"all {len(pictures)} pictures are smaller than data.size {size}: lower it, or set data.upscale=true"
         )
     return kept, small
+
+
+def hold_out(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
+    """(to train on, held out): by name, so that a picture stays on its side when others come and go."""
+    draws = rng.uniform(0, "hold_out", [picture.id for picture in pictures], size=1)[:, 0]
+    sides = [[p for p, draw in zip(pictures, draws, strict=True) if (draw < share) == held] for held in (False, True)]
+    if not sides[0]:
+        raise ValueError(f"data.hold_out {share} holds out all {len(pictures)} pictures")
+    return sides[0], sides[1]
 
 
 def group_weights(pictures: Sequence[Picture], power: float) -> npt.NDArray[np.float64]:
@@ -180,16 +191,14 @@ def _picture(folder: Path, row: Row, group: str | None) -> Picture:
         keywords=tuple(row.get("keywords", ())),
         group=str(row[group]) if group is not None else name,
         weight=float(weight),
-        id=name_id(name),
+        id=rng.name_id(name),
     )
 
 
-def _check(folder: Path, pictures: Sequence[Picture], split: str) -> None:
-    if not pictures:
-        raise ValueError(f"{folder}: no picture has the split {split!r}")
+def _check(folder: Path, pictures: Sequence[Picture]) -> None:
     missing = [str(picture.file) for picture in pictures if not picture.file.is_file()]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(pictures)} files do not exist, first {missing[0]}")
-    file, times = Counter(picture.file for picture in pictures).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"{folder}: {file} is listed {times} times; several captions go into one row, as a list")
+    for file, times in Counter(picture.file for picture in pictures).most_common(1):
+        if times > 1:
+            raise ValueError(f"{folder}: {file} is listed {times} times; several captions go into one row, as a list")
