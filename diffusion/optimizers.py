@@ -9,6 +9,15 @@ from torch import Tensor, nn
 
 from diffusion.config import Train
 
+NUMBERS = {  # kept for each trained weight, to tell memory beforehand
+    "adamw": 2.0,
+    "adamw8bit": 0.5,
+    "adafactor": 0.02,
+    "muon": 1.0,
+    "prodigy": 4.0,
+    "schedule_free": 2.0,
+}
+
 
 def build(module: nn.Module, train: Train) -> torch.optim.Optimizer:
     """The optimizer that the config names, over what is trainable; weight decay on matrices and kernels only.
@@ -69,6 +78,7 @@ class Muon(torch.optim.AdamW):
 
     def _move(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
         state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - self.momentum)
@@ -115,8 +125,8 @@ def load_state(
     """What the two above gave; moments take the memory layout of their parameter, as fused kernels expect."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        parameter, key = name.rsplit(".", 1)
-        found.setdefault(parameter, {})[key] = value
+        owner, key = name.rsplit(".", 1)
+        found.setdefault(owner, {})[key] = value
     for name, parameter in module.named_parameters():
         for key, value in found.get(name, {}).items():
             like = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)

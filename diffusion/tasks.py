@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +29,17 @@ class Task(Protocol):
     """What the loop needs to know of a task."""
 
     module: nn.Module  # trained; module(batch) gives one loss a sample, shape (B,)
-    dataset: Any  # visits -> batch
     network: nn.Module  # the part that takes the time, which may be compiled
+
+    @property
+    def dataset(self) -> Any:
+        """Visits -> batch."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights that have to be in memory, those that are not trained included."""
+
+    def cache_note(self) -> str:
+        """What is computed once before training, how large it is, and whether it is there."""
 
     def probe(self, pictures: list[Picture]) -> Any:
         """A dataset of other pictures that draws by another seed than training, without augmentation."""
@@ -105,6 +114,12 @@ class AutoencoderTask:
             latent_channels=self.vae.config.latent_channels,
             factor=networks.spatial_factor(self.vae),
         )
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.vae.parameters())
+
+    def cache_note(self) -> str:
+        return "none: pixels are read as they are needed"
 
     def probe(self, pictures: list[Picture]) -> PixelSet:
         return dataclasses.replace(self.dataset, pictures=pictures, seed=_probe_seed(self.dataset.seed))
@@ -182,23 +197,43 @@ class TextToImageTask:
             self.model.unet, self.model.text_encoder, self.model.forward, config.loss
         )
         self.network: nn.Module = self.model.unet
+        self.pictures = pictures
         self._check_captions(pictures)
-        self.dataset = LatentSet(
-            pictures=pictures,
-            **self._latents(pictures),
-            seed=config.seed,
-            offset_noise=config.loss.offset_noise,
-            input_perturbation=config.loss.input_perturbation,
+
+    @cached_property
+    def dataset(self) -> LatentSet:
+        """Encodes the pictures when it is first asked for, if no cache of them is found."""
+        mean, std = self._latents(self.pictures)
+        return LatentSet(
+            pictures=self.pictures,
+            mean=mean,
+            std=std,
+            seed=self.config.seed,
+            offset_noise=self.config.loss.offset_noise,
+            input_perturbation=self.config.loss.input_perturbation,
             caption=self._caption,
             tokenize=partial(text.tokenize, self.model.tokenizer),
         )
 
+    def parameters(self) -> list[nn.Parameter]:
+        model = self.model
+        return [p for network in (model.unet, model.text_encoder, model.vae) for p in network.parameters()]
+
+    def cache_note(self) -> str:
+        vae = self.model.vae
+        side = self.config.data.size // networks.spatial_factor(vae)
+        size = 8 * vae.config.latent_channels * side * side * len(self.pictures) / 2**20
+        state = "there" if self._shelf(self.pictures).is_file() else "to be computed"
+        return f"{size:.1f} MiB in {Path(self.config.output) / 'cache'}, {state}"
+
     def probe(self, pictures: list[Picture]) -> LatentSet:
         self._check_captions(pictures)
+        mean, std = self._latents(pictures)
         return dataclasses.replace(
             self.dataset,
             pictures=pictures,
-            **self._latents(pictures),
+            mean=mean,
+            std=std,
             seed=_probe_seed(self.config.seed),
             in_bins=True,
             caption=lambda picture, _: lead(self.config.data.captions.trigger, picture.text),
@@ -245,27 +280,22 @@ class TextToImageTask:
     def _fits(self, caption: str) -> bool:
         return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
 
-    def _latents(self, pictures: list[Picture]) -> dict[str, Tensor]:
+    def _latents(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posteriors, on the scale that the U-Net sees."""
-        mean, std = self._cached(pictures)
-        vae = self.model.vae.config
-        return {"mean": (mean - (vae.shift_factor or 0)) * vae.scaling_factor, "std": std * vae.scaling_factor}
+        data, vae = self.config.data, self.model.vae.config
+        encode = partial(encode_pixels, self.model.vae)
+        mean, std = cache.posteriors(pictures, data.size, encode, self._shelf(pictures), data.background)
+        return (mean - (vae.shift_factor or 0)) * vae.scaling_factor, std * vae.scaling_factor
 
-    def _cached(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
-        vae = self.model.vae
+    def _shelf(self, pictures: list[Picture]) -> Path:
+        """Where the latents of these pictures are kept: the name hashes everything that they depend on."""
+        vae, data = self.model.vae, self.config.data
         facts = sorted(item for item in vae.config.items() if not item[0].startswith("_"))  # not where it was read
         digest = hashlib.sha256(str(facts).encode())
         for name, weight in (*vae.encoder.state_dict().items(), *vae.quant_conv.state_dict().items()):
             digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        shelf = Path(self.config.output) / "cache"
-        return cache.posteriors(
-            pictures,
-            self.config.data.size,
-            partial(encode_pixels, vae),
-            digest.hexdigest(),
-            shelf,
-            self.config.data.background,
-        )
+        key = cache.key(pictures, digest.hexdigest(), f"{data.size} {data.background}")
+        return Path(self.config.output) / "cache" / f"latents-{key}.safetensors"
 
 
 def _autoencoder(config: Config) -> Any:

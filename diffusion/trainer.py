@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import checkpoint, optimizers, tasks, validation
+from diffusion import checkpoint, optimizers, report, tasks, validation
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
@@ -42,6 +42,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     accelerator = _accelerator(config.train)
     micro_batch = _micro_batch(config.train, accelerator.num_processes)
     pictures, held_out, left_out = _pictures(config)
+    if left_out and accelerator.is_main_process:
+        print(_left_out(left_out, len(pictures) + len(left_out)), file=sys.stderr)
     task = tasks.build(config, pictures, accelerator.device)
     if config.train.compile:
         _compile(task, accelerator, micro_batch)
@@ -90,6 +92,33 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         run.finish_step(step, loss, norm)
 
     return run.finish()
+
+
+def plan(config: Config) -> str:
+    """What ``train`` would do, without doing any of it: a few lines of text."""
+    processes, t = PartialState().num_processes, config.train
+    micro_batch = _micro_batch(t, processes)
+    pictures, held_out, left_out = _pictures(config)
+    task = tasks.build(config, pictures, torch.device("cpu"))
+    weights = [(p.numel(), p.requires_grad) for p in task.parameters()]
+    trained = sum(count for count, trains in weights if trains)
+    stored = sum(count for count, _ in weights) + trained * (1 + optimizers.NUMBERS[t.optimizer] + (t.ema > 0))
+    newest = checkpoint.latest(config.folder / "checkpoints")
+    folder = f"{config.folder}/" + (f", going on from {newest.name}" if newest is not None else "")
+    rows = {
+        "pictures": f"{len(pictures):,} to train on, {len(held_out):,} held out",
+        "left out": _left_out(left_out, len(pictures) + len(held_out) + len(left_out)) if left_out else "none",
+        "steps": f"{t.steps:,} of {t.batch_size} pictures, {t.steps * t.batch_size / len(pictures):,.1f} epochs",
+        "batch": f"{processes} processes x {micro_batch} pictures x {t.batch_size // micro_batch // processes} "
+        "accumulated",
+        "weights": f"{trained:,} trained of {sum(count for count, _ in weights):,}",
+        "memory": f"{4 * stored / 2**30:.2f} GiB a process for weights, gradients, {t.optimizer} and averages; "
+        "activations come on top",
+        "checkpoints": f"{4 * (stored - trained) / 2**30:.2f} GiB each",
+        "latents": task.cache_note(),
+        "writes": folder,
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -224,6 +253,22 @@ class Run:
             images = self.task.samples()
         (self.folder / "samples").mkdir(exist_ok=True)
         make_grid(images, columns=8).save(self.folder / "samples" / f"step-{step:08d}.png")
+        self.report()
+
+    def report(self) -> None:
+        """``report.html``, from what has been written so far."""
+        trained = sum(p.numel() for p in self.task.module.parameters() if p.requires_grad)
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        facts = {
+            "of steps": f"{self.config.train.steps:,}",
+            "pictures": f"{len(self.ledger.pictures):,}",
+            "trained weights": f"{trained:,}",
+            "hardware": f"{self.accelerator.num_processes} x {name}",
+            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "torch": torch.__version__,
+        }
+        report.write(self.folder, facts)
 
     def validate(self, step: int) -> None:
         """Losses on the probes, of the weights as they are and as they are shipped; the best model is kept."""
@@ -304,14 +349,15 @@ def _pictures(config: Config) -> tuple[list[Picture], list[Picture], dict[str, s
         return pictures, held_out, {}
     kept, left_out = leave_out_small(pictures, data.size)
     held_out, unseen = leave_out_small(held_out, data.size)
-    if left_out and PartialState().is_main_process:
-        file, reason = next(iter(left_out.items()))
-        print(
-            f"{len(left_out)} of {len(pictures)} pictures are left out, first {file}: {reason}; "
-            "data.upscale=true takes them, coverage.jsonl names all",
-            file=sys.stderr,
-        )
     return kept, held_out, left_out | unseen
+
+
+def _left_out(left_out: dict[str, str], of: int) -> str:
+    file, reason = next(iter(left_out.items()))
+    return (
+        f"{len(left_out)} of {of} pictures are left out, first {file}: {reason}; "
+        "data.upscale=true takes them, coverage.jsonl names all"
+    )
 
 
 def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> None:

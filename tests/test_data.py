@@ -357,13 +357,19 @@ def test_the_cache_is_never_stale(folder, tmp_path_factory):
         return pixels.mean(dim=(2, 3), keepdim=True), torch.ones(len(pixels), 3, 1, 1)
 
     pictures = read_folder(folder)
-    first = cache.posteriors(pictures, 16, encode, "v1", shelf)
-    again = cache.posteriors(pictures, 16, encode, "v1", shelf)
+
+    def posteriors(encoder="v1", size=16, background="white"):
+        file = shelf / cache.key(pictures, encoder, f"{size} {background}")
+        return cache.posteriors(pictures, size, encode, file, background)
+
+    first, again = posteriors(), posteriors()
     assert torch.equal(first[0], again[0])
     assert sum(calls) == len(pictures)
-    cache.posteriors(pictures, 16, encode, "v2", shelf)
-    cache.posteriors(pictures, 8, encode, "v1", shelf)
-    assert sum(calls) == 3 * len(pictures)
+    for change in ({"encoder": "v2"}, {"size": 8}, {"background": "black"}):
+        calls.clear()
+        posteriors(**change)
+        assert sum(calls) == len(pictures)
     Image.new("RGB", (16, 16), "lime").save(pictures[0].file)
-    edited = cache.posteriors(pictures, 16, encode, "v1", shelf)
+    edited = posteriors()
     assert not torch.equal(edited[0][0], first[0][0])
+    assert not list(shelf.glob("*.part"))

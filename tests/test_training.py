@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion import TextToImage, config, optimizers, trainer
+from diffusion import TextToImage, config, optimizers, report, trainer
+from diffusion.cli import main as cli
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.pixels import read_pixels
@@ -291,6 +294,63 @@ def test_overfitting_is_said_in_a_sentence(tmp_path):
     assert again.rows == history.rows
     again.forget_after(2)
     assert [row["step"] for row in History(tmp_path / "validation.jsonl").rows] == [0, 1, 2]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a chromium to open the page in")
+def test_the_report_opens_in_a_browser_and_its_slider_works(home):
+    run = denoiser(home, "reported", sample_every=2, validate_every=2)
+    run.name = "a <b> & c"
+    trainer.train(run, quiet=True)
+    page = (run.folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page), "one self-contained page"
+    move = '<script>{ const r = document.querySelector("input"); r.value = 0; r.dispatchEvent(new Event("input")) }'
+    (run.folder / "moved.html").write_text(page.replace("</html>", f"{move}</script></html>"))
+    first, last = (dom(run.folder / name) for name in ("moved.html", "report.html"))
+    for shown, step in ((first, 2), (last, 6)):
+        assert f"<output>{step}</output>" in shown
+        visible = [tag for tag in re.findall(r"<img[^>]*>", shown) if "hidden" not in tag]
+        assert [f'data-step="{step}"' in tag for tag in visible] == [True]
+    assert last.count("<polyline") == 7
+    assert "<h1>a &lt;b&gt; &amp; c</h1>" in last
+    assert "10 pictures, each seen" in last
+
+
+def dom(file):
+    """The page after its script has run."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_a_chart_has_round_ticks_around_its_points():
+    assert report.ticks(0.13, 0.48) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert report.ticks(5, 5)[0] < 5 < report.ticks(5, 5)[-1]
+    assert report.chart("x", {"empty": []}) == ""
+    drawn = report.chart("loss", {"a": [(0, 1.0), (10, float("nan")), (20, 3.0)]})
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', drawn)[1].split()]
+    assert len(points) == 2
+    assert points[0][0] < points[1][0]
+    assert points[0][1] > points[1][1], "up is more"
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, capsys):
+    run = denoiser(home, "planned", micro_batch=2)
+    run.data.hold_out = 0.3
+    (home / "planned.yaml").write_text(config.dump(run))
+    before = sorted(home.rglob("*"))
+    assert cli(["train", str(home / "planned.yaml"), "--dry-run", "train.steps=60"]) == 0
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert sorted(home.rglob("*")) == before
+    kept = len(hold_out(read_folder(home), 0.3)[0])
+    assert said["pictures"] == f"{kept} to train on, {10 - kept} held out"
+    assert said["steps"] == f"60 of 8 pictures, {60 * 8 / kept:.1f} epochs"
+    assert said["batch"] == "1 processes x 2 pictures x 4 accumulated"
+    assert "to be computed" in said["latents"]
+    assert cli(["train", str(straight / "config.yaml"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    trained = sum(tensor.numel() for tensor in weights(straight)["ema"].values())
+    assert f"{trained:,} trained of " in said
+    assert "there" in said
+    assert "going on from step-00000006" in said
 
 
 def test_accumulation_changes_nothing(home, straight):

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: train.py CONFIG.yaml [key=value ...]
+USAGE = """usage: train.py CONFIG.yaml [--dry-run] [key=value ...]
 
 Train what the config says into runs/<name>/; the same command again goes on where it stopped.
+--dry-run says what would be done, and writes nothing.
 Overrides: train.lr=3e-4, --train.lr=3e-4 and --train.lr 3e-4 mean the same.
 Several processes: accelerate launch --num_processes 2 train.py CONFIG.yaml
 """
@@ -20,10 +21,12 @@ def run(argv: Sequence[str]) -> int:
         print(f"{USAGE}\nFields and their defaults:\n{rows}")
         return 0 if argv else 2
     try:
-        settings = config.load(argv[0], _overrides(argv[1:]))
+        dry_run = "--dry-run" in argv
+        argv = [word for word in argv if word != "--dry-run"]
+        settings = config.load(argv[0] if argv else "", _overrides(argv[1:]))
         from diffusion import trainer
 
-        print(trainer.train(settings))
+        print(trainer.plan(settings) if dry_run else trainer.train(settings))
     except ValueError as error:
         print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2

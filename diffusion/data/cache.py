@@ -1,6 +1,7 @@
 """Posteriors of all pictures, computed once and kept under a name made of everything they depend on."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,23 +18,21 @@ from diffusion.data.source import Picture
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) -> mean and std (B, C, h, w)
 
 
+def key(pictures: Sequence[Picture], encoder: str, transform: str) -> str:
+    """A name made of the bytes of the pictures, what is done to them and what encodes them: never stale."""
+    digest = hashlib.sha256(f"{encoder} {transform}".encode())
+    for picture in pictures:
+        digest.update(hashlib.sha256(picture.file.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
 def posteriors(
-    pictures: Sequence[Picture],
-    size: int,
-    encode: Encode,
-    encoder_hash: str,
-    folder: Path,
-    background: str = "white",
-    batch_size: int = 32,
+    pictures: Sequence[Picture], size: int, encode: Encode, file: Path, background: str = "white", batch_size: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each picture's posterior, ``(N, C, h, w)`` float32 each.
 
-    The file name hashes the pictures' bytes, the transform and the encoder: what is found is never stale.
+    They are read from ``file`` if it exists, and computed and written there if not, whole or not at all.
     """
-    digest = hashlib.sha256(f"{encoder_hash} {size} {background}".encode())
-    for picture in pictures:
-        digest.update(hashlib.sha256(picture.file.read_bytes()).digest())
-    file = folder / f"latents-{digest.hexdigest()[:32]}.safetensors"
     if file.is_file():
         kept = load_file(file)
         return kept["mean"], kept["std"]
@@ -45,7 +44,8 @@ def posteriors(
         means.append(mean.float().cpu().contiguous())
         stds.append(std.float().cpu().contiguous())
     result = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(result, file.with_suffix(".part"))
-    file.with_suffix(".part").rename(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")  # of this process alone
+    save_file(result, part)
+    os.replace(part, file)
     return result["mean"], result["std"]
