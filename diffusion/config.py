@@ -51,9 +51,13 @@ class Data:
     """The pictures and their captions."""
 
     path: Annotated[str, "folder of pictures with captions"]
-    size: Annotated[Positive, "pictures are scaled and centre-cropped to size x size pixels"] = 512
+    size: Annotated[Positive, "pictures are scaled and centre-cropped to size x size pixels, or to buckets"] = 512
     crop: Annotated[Positive | None, "train on random square crops of this many pixels (autoencoder)"] = None
-    upscale: Annotated[bool, "take pictures smaller than size; otherwise they are left out, and named"] = False
+    buckets: Annotated[bool, "keep about the shape of each picture: shapes of at most size x size pixels"] = False
+    bucket_step: Annotated[Positive, "sides of buckets are multiples of this many pixels"] = 64
+    bucket_ratio: Annotated[Annotated[float, Field(ge=1)], "longest shape: long side over short side"] = 2.0
+    flip: Annotated[bool, "mirror pictures at half of the visits; not for captions that know left and right"] = False
+    upscale: Annotated[bool, "take pictures that are too small; otherwise they are left out, and named"] = False
     background: Annotated[
         Annotated[str, Field(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")], "shown where a picture is transparent"
     ] = "white"

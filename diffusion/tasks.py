@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import objectives, rng
-from diffusion.config import Config, Loss
-from diffusion.data import cache
+from diffusion.config import Config, Data, Loss
+from diffusion.data.buckets import nearest, shapes
+from diffusion.data.cache import Cache, View
 from diffusion.data.captions import choose_caption, lead
 from diffusion.data.dataset import Batch, LatentSet, PixelSet, to_tensor
-from diffusion.data.pixels import read_pixels
+from diffusion.data.pixels import read_pixels, read_size
 from diffusion.data.source import Picture
 from diffusion.models import folder, networks, text
 from diffusion.models.folder import Forward, Model, Recipe
@@ -91,6 +92,8 @@ class AutoencoderTask:
     """
 
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
+        if config.data.buckets:
+            raise ValueError("task autoencoder learns from square crops: set data.buckets=false")
         self.size, self.background = config.data.size, config.data.background
         self.pictures = pictures
         self.vae = _autoencoder(config).to(device, memory_format=torch.channels_last).train()
@@ -199,15 +202,16 @@ class TextToImageTask:
         self.network: nn.Module = self.model.unet
         self.pictures = pictures
         self._check_captions(pictures)
+        cells = networks.spatial_factor(self.model.vae) * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
+        if config.data.buckets and config.data.bucket_step % cells:
+            raise ValueError(f"data.bucket_step {config.data.bucket_step} is not a multiple of this model's {cells}")
 
     @cached_property
     def dataset(self) -> LatentSet:
         """Encodes the pictures when it is first asked for, if no cache of them is found."""
-        mean, std = self._latents(self.pictures)
         return LatentSet(
             pictures=self.pictures,
-            mean=mean,
-            std=std,
+            posteriors=self._posteriors(self.pictures),
             seed=self.config.seed,
             offset_noise=self.config.loss.offset_noise,
             input_perturbation=self.config.loss.input_perturbation,
@@ -220,20 +224,17 @@ class TextToImageTask:
         return [p for network in (model.unet, model.text_encoder, model.vae) for p in network.parameters()]
 
     def cache_note(self) -> str:
-        vae = self.model.vae
-        side = self.config.data.size // networks.spatial_factor(vae)
-        size = 8 * vae.config.latent_channels * side * side * len(self.pictures) / 2**20
-        state = "there" if self._shelf(self.pictures).is_file() else "to be computed"
-        return f"{size:.1f} MiB in {Path(self.config.output) / 'cache'}, {state}"
+        views = [view for picture in self.pictures for view in self._views(picture)]
+        cells = sum(view.width * view.height for view in views) / networks.spatial_factor(self.model.vae) ** 2
+        size = 8 * self.model.vae.config.latent_channels * cells / 2**20
+        return f"{size:.1f} MiB in {self._cache.folder}, {self._cache.count(views):,} of {len(views):,} there"
 
     def probe(self, pictures: list[Picture]) -> LatentSet:
         self._check_captions(pictures)
-        mean, std = self._latents(pictures)
         return dataclasses.replace(
             self.dataset,
             pictures=pictures,
-            mean=mean,
-            std=std,
+            posteriors=self._posteriors(pictures),
             seed=_probe_seed(self.config.seed),
             in_bins=True,
             caption=lambda picture, _: lead(self.config.data.captions.trigger, picture.text),
@@ -280,22 +281,36 @@ class TextToImageTask:
     def _fits(self, caption: str) -> bool:
         return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
 
-    def _latents(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posteriors, on the scale that the U-Net sees."""
-        data, vae = self.config.data, self.model.vae.config
-        encode = partial(encode_pixels, self.model.vae)
-        mean, std = cache.posteriors(pictures, data.size, encode, self._shelf(pictures), data.background)
-        return (mean - (vae.shift_factor or 0)) * vae.scaling_factor, std * vae.scaling_factor
+    def _posteriors(self, pictures: list[Picture]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of every view of each picture the mean and deviation of its latents, on the scale that the U-Net sees."""
+        views = [view for picture in pictures for view in self._views(picture)]
+        vae = self.model.vae.config
+        shift = vae.shift_factor or 0
+        found = [
+            ((mean - shift) * vae.scaling_factor, std * vae.scaling_factor)
+            for mean, std in self._cache.fill(views, partial(encode_pixels, self.model.vae))
+        ]
+        each = len(views) // len(pictures)
+        return [found[start : start + each] for start in range(0, len(found), each)]
 
-    def _shelf(self, pictures: list[Picture]) -> Path:
-        """Where the latents of these pictures are kept: the name hashes everything that they depend on."""
-        vae, data = self.model.vae, self.config.data
+    def _views(self, picture: Picture) -> list[View]:
+        data = self.config.data
+        width, height = (
+            nearest(read_size(picture.file), bucket_shapes(data)) if data.buckets else (data.size, data.size)
+        )
+        return [
+            View(file=picture.file, width=width, height=height, background=data.background, flip=flip)
+            for flip in ((False, True) if data.flip else (False,))
+        ]
+
+    @cached_property
+    def _cache(self) -> Cache:
+        vae = self.model.vae
         facts = sorted(item for item in vae.config.items() if not item[0].startswith("_"))  # not where it was read
         digest = hashlib.sha256(str(facts).encode())
         for name, weight in (*vae.encoder.state_dict().items(), *vae.quant_conv.state_dict().items()):
             digest.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        key = cache.key(pictures, digest.hexdigest(), f"{data.size} {data.background}")
-        return Path(self.config.output) / "cache" / f"latents-{key}.safetensors"
+        return Cache(Path(self.config.output) / "cache", digest.hexdigest())
 
 
 def _autoencoder(config: Config) -> Any:
@@ -341,6 +356,11 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         forward=Forward(beta_schedule=m.beta_schedule, zero_terminal_snr=m.zero_terminal_snr, prediction=m.prediction),
         recipe=recipe,
     )
+
+
+def bucket_shapes(data: Data) -> list[tuple[int, int]]:
+    """The shapes of a run with buckets."""
+    return shapes(data.size, data.bucket_step, data.bucket_ratio)
 
 
 def _probe_seed(seed: int) -> int:

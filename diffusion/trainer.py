@@ -5,9 +5,11 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from diffusion import checkpoint, optimizers, report, tasks, validation
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config, Train
+from diffusion.data.buckets import BucketOrder, nearest
 from diffusion.data.coverage import Ledger
-from diffusion.data.order import Order, batches
+from diffusion.data.order import Order, Visits, batches
+from diffusion.data.pixels import read_size
 from diffusion.data.source import Picture, group_weights, hold_out, leave_out_small, read_folder
 from diffusion.ema import Ema
 from diffusion.images import make_grid
@@ -49,7 +53,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         _compile(task, accelerator, micro_batch)
     module, optimizer = accelerator.prepare(task.module, optimizers.build(task.module, config.train))
     ema = Ema(task.module, config.train.ema, config.train.ema_every)
-    order = Order(config.seed, group_weights(pictures, config.data.balance_power if config.data.balance else 0.0))
+    order = _order(config, pictures)
     ledger = Ledger(order, pictures, left_out)
     probes = {}
     if config.train.validate_every and accelerator.is_main_process:
@@ -116,6 +120,7 @@ def plan(config: Config) -> str:
         "activations come on top",
         "checkpoints": f"{4 * (stored - trained) / 2**30:.2f} GiB each",
         "latents": task.cache_note(),
+        **({"buckets": _buckets(config, pictures)} if config.data.buckets else {}),
         "writes": folder,
     }
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
@@ -347,9 +352,25 @@ def _pictures(config: Config) -> tuple[list[Picture], list[Picture], dict[str, s
     held_out += more
     if data.upscale:
         return pictures, held_out, {}
-    kept, left_out = leave_out_small(pictures, data.size)
-    held_out, unseen = leave_out_small(held_out, data.size)
+    shape_of = partial(nearest, among=tasks.bucket_shapes(data)) if data.buckets else None
+    kept, left_out = leave_out_small(pictures, data.size, shape_of)
+    held_out, unseen = leave_out_small(held_out, data.size, shape_of)
     return kept, held_out, left_out | unseen
+
+
+def _order(config: Config, pictures: list[Picture]) -> Visits:
+    weights = group_weights(pictures, config.data.balance_power if config.data.balance else 0.0)
+    if not config.data.buckets:
+        return Order(config.seed, weights)
+    among = tasks.bucket_shapes(config.data)
+    shape_of = [nearest(read_size(picture.file), among) for picture in pictures]
+    return BucketOrder(config.seed, weights, shape_of, config.train.batch_size)
+
+
+def _buckets(config: Config, pictures: list[Picture]) -> str:
+    among = tasks.bucket_shapes(config.data)
+    counts = Counter(nearest(read_size(picture.file), among) for picture in pictures)
+    return ", ".join(f"{width}x{height}: {count:,}" for (width, height), count in sorted(counts.items()))
 
 
 def _left_out(left_out: dict[str, str], of: int) -> str:

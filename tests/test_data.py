@@ -4,16 +4,18 @@ import json
 import struct
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
-from diffusion.data import cache
+from diffusion.data.buckets import BucketOrder, nearest, shapes
+from diffusion.data.cache import Cache, View
 from diffusion.data.captions import choose_caption
 from diffusion.data.coverage import Ledger
-from diffusion.data.dataset import LatentSet, PixelSet
+from diffusion.data.dataset import LatentSet, PixelSet, to_tensor
 from diffusion.data.order import Order, batches
 from diffusion.data.pixels import read_pixels
 from diffusion.data.source import group_weights, leave_out_small, read_folder
@@ -334,8 +336,7 @@ def test_latents_and_times_do_not_depend_on_the_batch(folder):
     pictures = read_folder(folder)
     latents = LatentSet(
         pictures=pictures,
-        mean=torch.zeros(len(pictures), 2, 4, 4),
-        std=torch.ones(len(pictures), 2, 4, 4),
+        posteriors=[[(torch.full((2, 4, 4), float(view)), torch.ones(2, 4, 4)) for view in range(2)] for _ in pictures],
         seed=0,
         caption=lambda picture, visit: f"{picture.text} {visit}",
         tokenize=lambda captions: torch.tensor([[len(c), ord(c[-1])] for c in captions]),
@@ -347,29 +348,108 @@ def test_latents_and_times_do_not_depend_on_the_batch(folder):
         assert all(torch.equal(whole[name][place], alone[name][0]) for name in whole)
     assert not torch.equal(whole["noise"][0], whole["noise"][2])
     assert not torch.equal(whole["latents"][0], whole["latents"][2]), "the posterior is sampled anew at each visit"
+    many = latents.__getitems__([(1, visit) for visit in range(200)])["latents"]
+    assert many.mean().item() == pytest.approx(0.5, abs=0.15), "views take turns"
 
 
-def test_the_cache_is_never_stale(folder, tmp_path_factory):
-    shelf, calls = tmp_path_factory.mktemp("cache"), []
+def cache_of(shelf, encoder="v1"):
+    calls = []
 
     def encode(pixels):
         calls.append(len(pixels))
         return pixels.mean(dim=(2, 3), keepdim=True), torch.ones(len(pixels), 3, 1, 1)
 
-    pictures = read_folder(folder)
+    return Cache(shelf, encoder), encode, calls
 
-    def posteriors(encoder="v1", size=16, background="white"):
-        file = shelf / cache.key(pictures, encoder, f"{size} {background}")
-        return cache.posteriors(pictures, size, encode, file, background)
 
-    first, again = posteriors(), posteriors()
-    assert torch.equal(first[0], again[0])
-    assert sum(calls) == len(pictures)
-    for change in ({"encoder": "v2"}, {"size": 8}, {"background": "black"}):
-        calls.clear()
-        posteriors(**change)
-        assert sum(calls) == len(pictures)
-    Image.new("RGB", (16, 16), "lime").save(pictures[0].file)
-    edited = posteriors()
-    assert not torch.equal(edited[0][0], first[0][0])
-    assert not list(shelf.glob("*.part"))
+def test_the_cache_is_never_stale(folder, tmp_path_factory):
+    shelf = tmp_path_factory.mktemp("cache")
+    view = View(file=folder / "0.png", width=16, height=16)
+    kept, encode, calls = cache_of(shelf)
+    first = kept.fill([view], encode)[0]
+    assert torch.equal(kept.fill([view], encode)[0][0], first[0])
+    assert calls == [1]
+    others = [replace(view, **change) for change in ({"width": 8}, {"background": "black"}, {"flip": True})]
+    kept.fill(others, encode)
+    assert sum(calls) == 4
+    Cache(shelf, "v2").fill([view], encode)
+    assert sum(calls) == 5
+    Image.new("RGB", (16, 16), "lime").save(view.file)
+    assert kept.count([view]) == 0
+    assert not torch.equal(kept.fill([view], encode)[0][0], first[0])
+    assert not list(shelf.rglob("*.part"))
+
+
+def test_what_an_interrupted_filling_has_done_stays(folder, tmp_path_factory):
+    views = [View(file=folder / f"{n}.png", width=16, height=16) for n in range(8)]
+    kept, encode, calls = cache_of(tmp_path_factory.mktemp("cache"))
+
+    def interrupted(pixels):
+        if calls:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        kept.fill(views, interrupted, batch_size=3)
+    assert kept.count(views) == 3
+    found = kept.fill(views, encode, batch_size=3)
+    assert sum(calls) == 8
+    for n, (mean, _) in enumerate(found):
+        expected = to_tensor(read_pixels(folder / f"{n}.png", 16)[None]).mean(dim=(0, 2, 3))
+        assert torch.allclose(mean.flatten(), expected)
+
+
+# --- buckets ----------------------------------------------------------------------------------------------------------
+
+
+def test_bucket_shapes_have_about_one_area():
+    found = shapes(512, 64)
+    assert {(512, 512), (448, 576), (576, 448), (704, 320)} & set(found) == {(512, 512), (448, 576), (576, 448)}
+    assert all(w * h <= 512 * 512 and w % 64 == 0 and h % 64 == 0 and max(w, h) <= 2 * min(w, h) for w, h in found)
+    assert nearest((3000, 3000), found) == (512, 512)
+    assert nearest((400, 600), found) == (384, 640) or nearest((400, 600), found) == (448, 576)
+    with pytest.raises(ValueError, match="not a multiple of 64"):
+        shapes(500, 64)
+
+
+def test_a_bucket_is_filled_without_stretching(tmp_path):
+    wide = Image.new("RGB", (200, 100), "white")
+    wide.paste("black", (95, 45, 105, 55))  # a square in the middle
+    wide.save(tmp_path / "wide.png")
+    pixels = read_pixels(tmp_path / "wide.png", (96, 32))
+    assert pixels.shape == (32, 96, 3)
+    dark = np.argwhere(pixels[:, :, 0] < 128)
+    tall, across = np.ptp(dark, axis=0) + 1
+    assert tall == across
+
+
+SHAPES = [(8, 8)] * 7 + [(8, 4)] * 4 + [(4, 8)]
+
+
+def test_each_batch_holds_one_shape_and_nothing_is_dropped():
+    order = BucketOrder(0, np.full(12, 1 / 12), SHAPES, 8)
+    visits = order.visits(0, 8 * 600)
+    for start in range(0, len(visits), 8):
+        assert len({SHAPES[i] for i, _ in visits[start : start + 8]}) == 1
+    counts = Counter(i for i, _ in visits)
+    assert all(counts[i] == pytest.approx(400, abs=12) for i in range(12))
+    assert len(set(visits)) == len(visits), "no visit twice"
+    assert BucketOrder(0, np.full(12, 1 / 12), SHAPES, 8).visits(8 * 100 + 3, 8 * 101 + 2) == visits[803:810]
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(2, 4), (1, 4), (4, 1)])
+def test_a_bucket_batch_splits_like_any_other(processes, micro):
+    order = BucketOrder(1, np.full(12, 1 / 12), SHAPES, 8)
+    shares = [list(batches(order, 2, 5, 8, micro, rank, processes)) for rank in range(processes)]
+    per_step = 8 // (micro * processes)
+    for step in range(3):
+        mine = [v for share in shares for batch in share[step * per_step : (step + 1) * per_step] for v in batch]
+        assert Counter(mine) == Counter(order.visits((step + 2) * 8, (step + 3) * 8))
+
+
+def test_a_picture_that_cannot_cover_its_bucket_is_left_out(folder):
+    Image.new("RGB", (40, 12)).save(folder / "3.png")
+    shape_of = partial(nearest, among=shapes(16, 8, 4.0))
+    assert len(leave_out_small(read_folder(folder), 16, shape_of)[0]) == 7, "40x12 covers 32x8, though not 16x16"
+    Image.new("RGB", (12, 6)).save(folder / "3.png")
+    assert len(leave_out_small(read_folder(folder), 16, shape_of)[1]) == 1

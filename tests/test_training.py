@@ -334,7 +334,7 @@ def test_a_chart_has_round_ticks_around_its_points():
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, capsys):
     run = denoiser(home, "planned", micro_batch=2)
-    run.data.hold_out = 0.3
+    run.data.hold_out, run.data.background = 0.3, "black"
     (home / "planned.yaml").write_text(config.dump(run))
     before = sorted(home.rglob("*"))
     assert cli(["train", str(home / "planned.yaml"), "--dry-run", "train.steps=60"]) == 0
@@ -344,12 +344,12 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, ca
     assert said["pictures"] == f"{kept} to train on, {10 - kept} held out"
     assert said["steps"] == f"60 of 8 pictures, {60 * 8 / kept:.1f} epochs"
     assert said["batch"] == "1 processes x 2 pictures x 4 accumulated"
-    assert "to be computed" in said["latents"]
+    assert f"0 of {kept} there" in said["latents"]
     assert cli(["train", str(straight / "config.yaml"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     trained = sum(tensor.numel() for tensor in weights(straight)["ema"].values())
     assert f"{trained:,} trained of " in said
-    assert "there" in said
+    assert "10 of 10 there" in said
     assert "going on from step-00000006" in said
 
 
@@ -437,6 +437,35 @@ def test_learning_rate(schedule, values):
     assert trainer.learning_rate(train, 0) == pytest.approx(0.1)
     assert trainer.learning_rate(train, 9) == pytest.approx(1)
     assert [trainer.learning_rate(train, step) for step in (50, 80)] == pytest.approx(values)
+
+
+def test_pictures_of_any_shape_train_in_buckets(home, tmp_path, monkeypatch):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for n, size in enumerate([(40, 40), (80, 20), (20, 80), (48, 48), (64, 16), (10, 10)]):
+        Image.new("RGB", size, (n * 40, 0, 200)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    run = denoiser(home, "buckets")
+    run.data.path, run.data.buckets, run.data.bucket_step, run.data.flip = str(folder), True, 8, True
+    run.data.bucket_ratio, run.data.captions.fillers, run.data.captions.keywords = 4.0, [], 0.0
+    seen = set()
+    forward = trainer.tasks.DenoisingLoss.forward
+
+    def watch(self, batch):
+        seen.add(tuple(batch["latents"].shape))
+        return forward(self, batch)
+
+    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", watch)
+    model = trainer.train(run, quiet=True)
+    assert seen == {(8, 4, 8, 8), (8, 4, 4, 16), (8, 4, 16, 4)}
+    assert "16x16: 2, 32x8: 2" in trainer.plan(run)
+    rows = [json.loads(line) for line in (run.folder / "coverage.jsonl").read_text().splitlines()]
+    assert sum(row["visits"] for row in rows) == 6 * 8
+    assert [row["left_out"] for row in rows if "left_out" in row] == ["10x10 is smaller than 16x16"]
+    assert TextToImage.load(model)("picture 1", steps=1, width=24, height=8)[0].size == (24, 8)
+    run.data.bucket_step = 4
+    with pytest.raises(ValueError, match="bucket_step 4 is not a multiple of this model's"):
+        trainer.train(run, quiet=True)
 
 
 def test_gradient_checkpointing_changes_nothing(home, straight):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.data.order import Order
+from diffusion.data.order import Visits
 from diffusion.data.source import Picture
 
 
 class Ledger:
     """Counts visits from the order itself, which is a function: a resumed run counts what was seen before it, too."""
 
-    def __init__(self, order: Order, pictures: Sequence[Picture], left_out: Mapping[str, str]) -> None:
+    def __init__(self, order: Visits, pictures: Sequence[Picture], left_out: Mapping[str, str]) -> None:
         self.order, self.pictures, self.left_out = order, pictures, left_out
         self.visits = np.zeros(len(pictures), dtype=np.int64)
         self.position = 0

@@ -72,8 +72,7 @@ class LatentSet:
     """
 
     pictures: Sequence[Picture]
-    mean: Tensor  # (N, C, h, w)
-    std: Tensor
+    posteriors: Sequence[Sequence[tuple[Tensor, Tensor]]]  # of each picture the views: mean and std, (C, h, w) each
     seed: int
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
@@ -88,7 +87,9 @@ class LatentSet:
         index = [index for index, _ in visits]
         pictures = [self.pictures[i] for i in index]
         ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
-        shape = self.mean.shape[1:]
+        views = self._views(index, ids, numbers)
+        mean, std = (torch.stack(part) for part in zip(*views, strict=True))
+        shape = mean.shape[1:]
 
         def normal(purpose: str, *shape: int) -> Tensor:
             return torch.from_numpy(rng.normal(self.seed, purpose, ids, numbers, shape=shape))
@@ -100,10 +101,17 @@ class LatentSet:
         u, spread = ((torch.tensor(numbers) + u) / BINS, 0.0) if self.in_bins else (u, 1.0)
         extra = {"perturbation": normal("noise.input", *shape)} if self.input_perturbation > 0 else {}
         return extra | {
-            "latents": self.mean[index] + spread * self.std[index] * normal("posterior", *shape),
+            "latents": mean + spread * std * normal("posterior", *shape),
             "tokens": self.tokenize([self.caption(p, n) for p, n in zip(pictures, numbers, strict=True)]),
             "noise": noise,
             "u": u,
             "id": torch.tensor(ids),
             "visit": torch.tensor(numbers),
         }
+
+    def _views(self, index: Sequence[int], ids: Sequence[int], numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """One view of each picture, drawn anew at each visit where there are several; a probe takes the first."""
+        if self.in_bins or all(len(self.posteriors[i]) == 1 for i in index):
+            return [self.posteriors[i][0] for i in index]
+        draws = rng.uniform(self.seed, "view", ids, numbers, size=1)[:, 0]
+        return [self.posteriors[i][int(u * len(self.posteriors[i]))] for i, u in zip(index, draws, strict=True)]

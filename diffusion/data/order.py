@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +43,15 @@ class Order:
         return list(zip(index[shuffle].tolist(), (epoch * most + repeat[shuffle]).tolist(), strict=True))
 
 
+class Visits(Protocol):
+    """Anything that knows which visit is at which position."""
+
+    def visits(self, start: int, stop: int) -> list[Visit]:
+        """The visits at positions start .. stop-1."""
+
+
 def batches(
-    order: Order, first_step: int, steps: int, batch_size: int, micro_batch: int, process: int = 0, processes: int = 1
+    order: Visits, first_step: int, steps: int, batch_size: int, micro_batch: int, process: int = 0, processes: int = 1
 ) -> Iterator[list[Visit]]:
     """The micro-batches of one process, in the order they are used.
 

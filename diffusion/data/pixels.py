@@ -1,4 +1,4 @@
-"""Decode a picture as it is meant to look: sRGB, upright, on a background, fitted to a square."""
+"""Decode a picture as it is meant to look: sRGB, upright, on a background, cropped to a shape."""
 
 import io
 from pathlib import Path
@@ -10,8 +10,12 @@ from PIL import Image, ImageCms, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # an explicit list: no format that runs code or calls a program
 
 
-def read_pixels(file: Path, size: int, background: str = "white") -> npt.NDArray[np.uint8]:
-    """A picture as ``(size, size, 3)`` uint8 sRGB, scaled to cover the square and centre-cropped.
+def read_pixels(
+    file: Path, size: int | tuple[int, int], background: str = "white", flip: bool = False
+) -> npt.NDArray[np.uint8]:
+    """A picture as ``(height, width, 3)`` uint8 sRGB, scaled to cover ``size`` and centre-cropped.
+
+    ``size`` is (width, height), or one number for a square; ``flip`` mirrors left and right.
 
     Of an animation the first frame. ``ValueError`` names a file that cannot be read.
     """
@@ -20,16 +24,18 @@ def read_pixels(file: Path, size: int, background: str = "white") -> npt.NDArray
             image = to_rgb(opened, background)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    size = (size, size) if isinstance(size, int) else size
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return np.asarray(ImageOps.mirror(image) if flip else image)
 
 
 def read_size(file: Path) -> tuple[int, int]:
-    """Width and height from the header, as stored: before EXIF turns it. ``ValueError`` names an unreadable file."""
+    """Width and height as a viewer shows them, from the header. ``ValueError`` names an unreadable file."""
     try:
         with Image.open(file, formats=FORMATS) as opened:
-            return opened.size
+            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return opened.size[::-1] if turned else opened.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
 

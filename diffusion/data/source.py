@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,19 @@ def read_folder(
     return pictures
 
 
-def leave_out_small(pictures: Sequence[Picture], size: int) -> tuple[list[Picture], dict[str, str]]:
-    """Those with both sides of at least ``size`` pixels, and the reason for each of the others by its file."""
-    sides = {picture.file: read_size(picture.file) for picture in pictures}
-    small = {
-        str(file): f"{width}x{height} is smaller than {size}x{size}"
-        for file, (width, height) in sides.items()
-        if min(width, height) < size
-    }
+def leave_out_small(
+    pictures: Sequence[Picture], size: int, shape_of: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+) -> tuple[list[Picture], dict[str, str]]:
+    """Those that cover their shape without being enlarged, and the reason for each of the others by its file.
+
+    ``shape_of`` gives the shape (width, height) for a picture's sides; without it all are squares of ``size``.
+    """
+    small = {}
+    for picture in pictures:
+        width, height = sides = read_size(picture.file)
+        across, down = (size, size) if shape_of is None else shape_of(sides)
+        if width < across or height < down:
+            small[str(picture.file)] = f"{width}x{height} is smaller than {across}x{down}"
     kept = [picture for picture in pictures if str(picture.file) not in small]
     if pictures and not kept:
         raise ValueError(
