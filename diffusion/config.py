@@ -152,11 +152,13 @@ class Train:
 class Recipe:
     """Generation defaults that the trained model carries in its recipe.json."""
 
-    steps: Annotated[Positive, "denoising steps"] = 30
-    guidance_scale: Annotated[Rate, "classifier-free guidance"] = 7.5
-    sampler: Annotated[str, "sampler name"] = "ddim"
-    schedule: Annotated[str, "grid of noise levels"] = "trailing"
-    prompts: Annotated[list[str], "prompts of the sample grids"] = Field(default_factory=list)
+    steps: Annotated[Positive | None, "denoising steps; null: as the base model, or 30"] = None
+    guidance_scale: Annotated[Rate | None, "classifier-free guidance; null: as the base model, or 7.5"] = None
+    sampler: Annotated[str | None, "sampler name; null: as the base model, or ddim"] = None
+    schedule: Annotated[str | None, "grid of noise levels; null: as the base model, or trailing"] = None
+    prompts: Annotated[list[str], "prompts of the sample grids; none: a few captions of the set"] = Field(
+        default_factory=list
+    )
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -24,6 +24,7 @@ from diffusion.models import folder, networks, text
 from diffusion.models.folder import Forward, Model, Recipe
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.pipeline import TextToImage
+from diffusion.settings import find_model
 
 
 class Task(Protocol):
@@ -320,25 +321,21 @@ def _autoencoder(config: Config) -> Any:
         raise ValueError("task autoencoder needs model.vae, the arguments of the AutoencoderKL to build, or model.base")
     if m.vae is not None and not m.train_encoder:
         raise ValueError("model.train_encoder: false needs a trained encoder: name its folder in model.base")
-    return networks.build_autoencoder(m.vae) if m.vae is not None else folder.load_vae(str(m.base))
+    if m.vae is not None:
+        return networks.build_autoencoder(m.vae)
+    base = Path(str(m.base))
+    return folder.load_vae(base if (base / "vae").is_dir() else find_model(base))
 
 
 def _assemble(config: Config, pictures: list[Picture]) -> Model:
     """The parts that the config describes are built, the others are read from ``model.base``."""
-    m, r = config.model, config.recipe
-    recipe = Recipe(
-        width=config.data.size,
-        height=config.data.size,
-        steps=r.steps,
-        guidance_scale=r.guidance_scale,
-        sampler=r.sampler,
-        schedule=r.schedule,
-        trained_on=f"{len(pictures)} pictures of {config.data.path}",
-        prompts=r.prompts,
-    )
+    m = config.model
     if m.base is not None:
-        model = folder.load_model(m.base)
-        model.recipe = recipe
+        new = [name for name in ("autoencoder", "tokenizer", "text_encoder", "unet") if getattr(m, name) is not None]
+        if new:
+            raise ValueError(f"model.base brings its own model.{new[0]}: give one or the other")
+        model = folder.load_model(find_model(m.base))
+        model.recipe = _recipe(config, pictures, model.recipe)
         return model
     if m.autoencoder is None or m.tokenizer is None or m.text_encoder is None or m.unet is None:
         raise ValueError(
@@ -354,7 +351,18 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         unet=networks.build_unet(m.unet),
         vae=folder.load_vae(m.autoencoder),
         forward=Forward(beta_schedule=m.beta_schedule, zero_terminal_snr=m.zero_terminal_snr, prediction=m.prediction),
-        recipe=recipe,
+        recipe=_recipe(config, pictures, Recipe()),
+    )
+
+
+def _recipe(config: Config, pictures: list[Picture], base: Recipe) -> Recipe:
+    """What the config says of generating; what it leaves open is as in the model that was started from."""
+    said = {name: value for name, value in dataclasses.asdict(config.recipe).items() if value is not None}
+    trained_on = f"{len(pictures)} pictures of {config.data.path}" + (
+        f", after {base.trained_on}" * bool(base.trained_on)
+    )
+    return dataclasses.replace(
+        base, **({"prompts": []} | said), width=config.data.size, height=config.data.size, trained_on=trained_on
     )
 
 

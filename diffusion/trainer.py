@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -404,6 +405,7 @@ def _accelerator(train: Train) -> Accelerator:
     if device.type == "cpu" and precision == "fp16":
         raise ValueError("train.precision fp16 is slow and wrong on the CPU: use auto, bf16 or fp32")
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    AcceleratorState._reset_state()  # it keeps the first run's precision for the life of the process
     return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
 
 

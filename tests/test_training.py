@@ -353,6 +353,58 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, ca
     assert "going on from step-00000006" in said
 
 
+@pytest.fixture
+def album(tmp_path):
+    """A few dozen pictures of all sizes and kinds, with a caption beside each."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    kinds = [
+        ("RGB", "png"),
+        ("RGB", "jpg"),
+        ("RGBA", "png"),
+        ("L", "webp"),
+        ("P", "gif"),
+        ("CMYK", "tif"),
+        ("1", "bmp"),
+    ]
+    for n in range(28):
+        mode, suffix = kinds[n % len(kinds)]
+        picture = Image.new("RGB", (90 + 17 * n, 500 - 13 * n), (9 * n, 255 - 9 * n, 128))
+        picture.paste("white", (20, 20, 60, 60))
+        picture.convert(mode).save(folder / f"{n}.{suffix}")
+        (folder / f"{n}.txt").write_text(f"my picture {n}\na card with a white square")
+    return folder
+
+
+def test_the_shipped_model_is_fine_tuned_on_a_folder_by_one_command(album, tmp_path, capsys):
+    short = ["train.steps=4", "train.batch_size=4", "train.validate_every=2", "train.validate_pictures=2"]
+    words = [f"data.path={album}", f"output={tmp_path / 'runs'}", "recipe.steps=2", *short]
+    assert cli(["train", str(ROOT / "configs/finetune.yaml"), *words]) == 0
+    model = Path(capsys.readouterr().out.strip())
+    assert model == tmp_path / "runs/finetune/model"
+    recipe = json.loads((model / "recipe.json").read_text())
+    shipped = json.loads((ROOT / "assets/emoji/recipe.json").read_text())
+    assert recipe["steps"] == 2
+    assert recipe["guidance_scale"] == shipped["guidance_scale"], "what the config leaves open is the base model's"
+    assert recipe["trained_on"].endswith(f"album, after {shipped['trained_on']}")
+    assert (model.parent / "report.html").is_file()
+    assert (model.parent / "best/unet").is_dir()
+    before, after = (TextToImage.load(path)("my picture 3", seed=1, steps=2)[0] for path in ("emoji", model))
+    assert before.size == after.size == (128, 128)
+    assert before.tobytes() != after.tobytes()
+
+
+def test_a_base_brings_its_own_parts(home):
+    run = denoiser(home, "both")
+    run.model.base = "emoji"
+    with pytest.raises(ValueError, match=r"model\.base brings its own model\.autoencoder"):
+        trainer.train(run, quiet=True)
+    run.model.autoencoder = run.model.tokenizer = run.model.text_encoder = run.model.unet = None
+    run.model.base = "emojo"
+    with pytest.raises(ValueError, match="did you mean 'emoji'"):
+        trainer.train(run, quiet=True)
+
+
 def test_accumulation_changes_nothing(home, straight):
     run = denoiser(home, "accumulated", micro_batch=2)
     trainer.train(run, quiet=True)

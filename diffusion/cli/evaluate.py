@@ -1,33 +1,51 @@
 """``diffusion evaluate MODEL``: print how well a model draws what it is asked for."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion.cli.flags import Parser, whole
+
 
 def run(argv: Sequence[str]) -> int:
     """Parse, measure, print; exit code 0, or 2 for a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="diffusion evaluate", description=__doc__)
-    parser.add_argument("model", nargs="?", default="emoji", help="model folder or name (default: emoji)")
+    parser = Parser(prog="diffusion evaluate", description=__doc__)
+    parser.add_argument("model", nargs="*", help="model folder or name (default: emoji)")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="image folder with a held_out split")
     parser.add_argument(
         "--paraphrases", type=Path, default=Path("assets/emoji/paraphrases.jsonl"), help="JSON lines of prompt and text"
     )
-    parser.add_argument("--count", type=int, default=200, help="training captions to ask")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture and of the choice of captions")
+    parser.add_argument("--count", type=whole, default=200, help="training captions to ask")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the first picture and of the choice of captions")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--output", type=Path, help="folder for figures.json and a grid of every set")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.read(argv, words="model")
+        if args.help:
+            parser.print_help()
+            return 0
+        if len(args.model) > 1:
+            raise ValueError(f"one model at a time, not {len(args.model)}: {' '.join(args.model)}")
+        if args.count < 1:
+            raise ValueError(f"--count {args.count} is not at least 1")
+    except ValueError as error:
+        print(f"diffusion evaluate: {error}", file=sys.stderr)
+        return 2
     from tqdm import tqdm
 
+    from diffusion.data.source import read_folder
     from diffusion.evaluation import evaluate
     from diffusion.pipeline import TextToImage
+    from diffusion.settings import find_model
 
     try:
-        model = TextToImage.load(args.model, args.device, args.dtype)
+        name = args.model[0] if args.model else "emoji"
+        find_model(name)
+        for split in ("train", "held_out"):  # told before a model is loaded
+            read_folder(args.data, split)
+        model = TextToImage.load(name, args.device, args.dtype)
         paraphrases = args.paraphrases if args.paraphrases.is_file() else None
         with tqdm(desc="drawing", unit="img") as bar:
             figures = evaluate(model, args.data, paraphrases, args.count, args.seed, lambda: bar.update())

@@ -1,24 +1,28 @@
-"""``diffusion info [MODEL or PICTURE]``: describe the installation, a model folder, or how a picture was made."""
+"""``diffusion info [MODEL or PICTURE ...]``: describe the installation, a model folder, or how a picture was made."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion.cli.flags import Parser
+
 
 def run(argv: Sequence[str]) -> int:
     """Print JSON; exit code 0, or 2 for something that is neither a model nor a picture."""
-    parser = argparse.ArgumentParser(prog="diffusion info", description=__doc__)
-    parser.add_argument("what", nargs="?", help="model folder, model name or picture; nothing: this installation")
-    args = parser.parse_args(argv)
+    parser = Parser(prog="diffusion info", description=__doc__)
+    parser.add_argument("what", nargs="*", help="model folders, model names or pictures; nothing: this installation")
     try:
-        found = _installation() if args.what is None else _described(args.what)
+        args = parser.read(argv, words="what")
+        if args.help:
+            parser.print_help()
+            return 0
+        found = [_described(one) for one in args.what] or [_installation()]
     except ValueError as error:
         print(f"diffusion info: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json.dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False))
     return 0
 
 

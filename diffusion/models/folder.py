@@ -143,7 +143,10 @@ def read_recipe(path: str | Path) -> Recipe:
     file = Path(path) / "recipe.json"
     if file.is_file():
         known = {item.name for item in fields(Recipe)}
-        return Recipe(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+        try:
+            return Recipe(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: not a JSON object ({error})") from None
     unet = json.loads((Path(path) / "unet" / "config.json").read_text())
     vae = json.loads((Path(path) / "vae" / "config.json").read_text())
     side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
