@@ -171,13 +171,13 @@ class DenoisingLoss(nn.Module):
         w, x0, eps = self.weights, batch["latents"], batch["noise"]
         u = objectives.unit_time(w.density, batch["u"], w.density_mean, w.density_std)
         t = self.schedule.time_from_unit(u)
-        alpha, sigma = (level.float().view(-1, 1, 1, 1) for level in self.schedule.level_at(t))
+        alpha, sigma = (level.to(x0.dtype).view(-1, 1, 1, 1) for level in self.schedule.level_at(t))
         shown = eps + w.input_perturbation * batch["perturbation"] if w.input_perturbation > 0 else eps
         x = (alpha * x0 + sigma * shown).contiguous(memory_format=torch.channels_last)
 
         # prediction
         context = text.encode(self.text_encoder, batch["tokens"])
-        output = self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0].float()
+        output = self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0].to(x0.dtype)
 
         # weighted squared error
         error = (output - objectives.target(self.prediction, x0, eps, alpha, sigma)).square()

@@ -166,6 +166,7 @@ class Run:
         """Load the newest whole checkpoint, if there is one. Returns the step to go on with."""
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
+            self._forget_after(0)  # a run that was killed before its first checkpoint has left its metrics
             return 0
         found = checkpoint.read(path)
         self.task.module.load_state_dict(dict(found.tensors["weights"]))
@@ -175,9 +176,7 @@ class Run:
             self.optimizer, self.task.module, found.tensors["optimizer"], found.state.get("optimizer", ())
         )
         self.checkpointed = found.state["step"]
-        self._trim_metrics(self.checkpointed)
-        if self.accelerator.is_main_process and self.history.rows:
-            self.history.forget_after(self.checkpointed)
+        self._forget_after(self.checkpointed)
         self._say(f"resuming {self.folder} at step {self.checkpointed}")
         return self.checkpointed
 
@@ -322,9 +321,11 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def _trim_metrics(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop the lines written after the checkpoint: those steps are done again."""
         file = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and self.history.rows:
+            self.history.forget_after(step)
         if self.accelerator.is_main_process and file.is_file():
             rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line + "\n" for line in rows if json.loads(line)["step"] <= step]

@@ -2,12 +2,16 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -418,26 +422,91 @@ def test_data_workers_change_nothing(home, straight):
     assert difference(weights(straight), weights(run.folder)) == 0
 
 
-def test_two_processes_agree_with_one(home, straight):
-    run = denoiser(home, "two")
-    file = home / "two.yaml"
+def command(home, run, processes=1):
+    """The command line that trains a run, and its environment."""
+    file = home / f"{run.name}.yaml"
     file.write_text(config.dump(run))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "train.py"), str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
+    words = [str(ROOT / "train.py"), str(file)]
+    if processes > 1:
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+        words = [*launch, "--num_processes", str(processes), "--dynamo_backend", "no", *words]
+    return [sys.executable, *words], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train_with(home, run, processes):
+    words, environment = command(home, run, processes)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert metrics(run.folder) == pytest.approx(metrics(straight), rel=1e-5)
-    assert metrics(run.folder, "grad_norm") == pytest.approx(metrics(straight, "grad_norm"), rel=1e-4)
+
+
+def test_two_processes_agree_with_one_also_when_resumed_by_the_other(home):
+    def run(name, steps):
+        return denoiser(home, name, steps=steps, lr_schedule="constant")
+
+    whole = run("one_process", 20)
+    trainer.train(whole, quiet=True)
+    for name, first, then in (("two_then_one", 2, 1), ("one_then_two", 1, 2)):
+        train_with(home, run(name, 10), first)
+        train_with(home, run(name, 20), then)
+        assert metrics(run(name, 20).folder) == pytest.approx(metrics(whole.folder), rel=1e-5)
+        assert metrics(run(name, 20).folder, "grad_norm") == pytest.approx(metrics(whole.folder, "grad_norm"), rel=1e-4)
+        together, apart = (weights(folder)["weights"] for folder in (whole.folder, run(name, 20).folder))
+        assert max((together[k] - apart[k]).norm() / (1e-3 + together[k].norm()) for k in together) < 1e-5
+
+
+@pytest.mark.parametrize("split", [(4, 4), (2, 2, 2, 2), (1,) * 8])
+def test_gradients_do_not_depend_on_how_a_batch_is_split(home, split):
+    """In double precision, where only the order of sums is left to differ."""
+    run = denoiser(home, "exact")
+    pictures = read_folder(home)
+    task = trainer.tasks.build(run, pictures, torch.device("cpu"))
+    task.module.double()
+    visits = trainer.Order(0, trainer.group_weights(pictures, 0.0)).visits(0, 8)
+
+    def gradient(visits):
+        batch = task.dataset.__getitems__(visits)
+        batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        parameters = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(task.module(batch).mean(), parameters, allow_unused=True)
+        return torch.cat([part.flatten() for part in found if part is not None])
+
+    whole = gradient(visits)
+    places = [sum(split[:i]) for i in range(len(split) + 1)]
+    parts = [gradient(visits[a:b]) * (b - a) / 8 for a, b in itertools.pairwise(places)]
+    assert whole.dtype == torch.float64
+    assert ((sum(parts) - whole).norm() / whole.norm()).item() < 1e-12
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_any_instant_ends_as_if_it_never_was(home, kills):
+    """By SIGKILL, at instants drawn from the time that a run takes; checkpoints are being written all the while."""
+    options = {"steps": 60, "checkpoint_minutes": 1e-4, "sample_every": 20}
+    whole, killed = denoiser(home, "unharmed", **options), denoiser(home, f"killed-{kills}", **options)
+    words, environment = command(home, whole)
+    start = time.monotonic()
+    train_with(home, whole, 1)
+    length = time.monotonic() - start
+    words, environment = command(home, killed)
+    deaths, chance = 0, random.Random(kills)
+    while deaths < kills:
+        process = subprocess.Popen(words, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=length * chance.uniform(0.3, 0.9))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL)
+        deaths += process.returncode != 0
+        if process.returncode == 0:
+            shutil.rmtree(killed.folder / "checkpoints")  # done: once more from the start
+    train_with(home, killed, 1)
+    assert difference(weights(whole.folder), weights(killed.folder)) == 0
+    for name in ("metrics.jsonl", "coverage.jsonl"):
+        rows = [[json.loads(line) for line in (run.folder / name).read_text().splitlines()] for run in (whole, killed)]
+        for row in itertools.chain(*rows):
+            row.pop("images_per_second", None)
+        assert rows[0] == rows[1]
+    assert not list((killed.folder / "checkpoints").glob(".stage*"))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):

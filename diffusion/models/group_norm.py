@@ -18,7 +18,8 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         batch, channels, height, width = x.shape
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
-        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
+        exact = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, weight, mean.to(exact), rstd.to(exact))
         return y
 
     @staticmethod
@@ -29,9 +30,9 @@ class _GroupNorm(torch.autograd.Function):
         rows, grads = (tensor.permute(0, 2, 3, 1).reshape(batch, -1, channels) for tensor in (x, grad))
 
         # sums over space of grad * x and of grad, then over the channels of each group
-        sum_gx = (rows * grads).sum(1, dtype=torch.float32).view(batch, groups, size)
-        sum_g = grads.sum(1, dtype=torch.float32).view(batch, groups, size)
-        scale = weight.float().view(1, groups, size)
+        sum_gx = (rows * grads).sum(1, dtype=mean.dtype).view(batch, groups, size)
+        sum_g = grads.sum(1, dtype=mean.dtype).view(batch, groups, size)
+        scale = weight.to(mean.dtype).view(1, groups, size)
         group_gx, group_g = (sum_gx * scale).sum(2), (sum_g * scale).sum(2)
 
         # d loss / d x = grad * weight * rstd + x * slope + offset, with one slope and offset a group
