@@ -140,6 +140,9 @@ class Train:
     compile: Annotated[bool, "torch.compile the network, if its gradients then prove equal"] = False
     workers: Annotated[Count, "data worker processes"] = 0
     log_every: Annotated[Positive, "steps between lines of metrics.jsonl"] = 50
+    log_with: Annotated[list[Literal["tensorboard", "wandb"]], "where metrics go as well, if it is installed"] = Field(
+        default_factory=list
+    )
     sample_every: Annotated[Count, "steps between sample grids; 0: only at the end"] = 1000
     validate_every: Annotated[Count, "steps between losses on fixed probes, held out and trained on; 0: never"] = 0
     validate_pictures: Annotated[Positive, "pictures of each probe"] = 64

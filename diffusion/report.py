@@ -43,6 +43,17 @@ def write(folder: Path, facts: Mapping[str, str]) -> Path:
     return file
 
 
+def write_card(model: Path, name: str, recipe: Mapping[str, Any], config: str, samples: Image.Image) -> None:
+    """``README.md`` in a model folder, with its samples: what it is, how it was made, how to draw with it."""
+    samples.save(model / "samples.png")
+    prompts = "\n".join(f"- {prompt}" for prompt in recipe["prompts"])
+    asked = f"\nThe pictures, row by row, with seed 0:\n\n{prompts}\n" if prompts else ""
+    text = CARD.format(name=name, config=config.strip(), asked=asked, **{k: recipe[k] for k in ("width", "height")},
+                       trained_on=recipe["trained_on"], steps=recipe["steps"], sampler=recipe["sampler"],
+                       guidance_scale=recipe["guidance_scale"])  # fmt: skip
+    (model / "README.md").write_text(text, encoding="utf-8")
+
+
 def chart(title: str, series: Mapping[str, Points]) -> str:
     """A line chart as SVG: one line a series of (x, y), with ticks at round numbers; points not finite are left out."""
     lines = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
@@ -145,6 +156,31 @@ def _coverage(rows: Sequence[Mapping[str, Any]]) -> str:
     more = f"<li>and {len(out) - 50:,} more in coverage.jsonl</li>" if len(out) > 50 else ""
     return f"{text}<p>{len(out):,} were left out:</p><ul>{items}{more}</ul>"
 
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {name}
+
+![Samples](samples.png)
+{asked}
+A text-to-image model of {width}x{height} pictures, trained on {trained_on}. Its own defaults are {steps} steps of
+{sampler} at guidance {guidance_scale}:
+
+```
+python generate.py -m path/to/this/folder "a prompt"
+```
+
+The folder is in the layout of diffusers; `StableDiffusionPipeline.from_pretrained` reads it too.
+
+## The run
+
+```yaml
+{config}
+```
+"""
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

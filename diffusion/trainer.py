@@ -1,5 +1,6 @@
 """The one training loop, on one process or many; the only module that knows Accelerate."""
 
+import importlib.util
 import json
 import math
 import signal
@@ -44,7 +45,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     Killed at any instant and started again, the run ends with the weights of a run that was never stopped: all
     randomness is a function of (seed, sample, visit), and checkpoints are whole or absent.
     """
-    accelerator = _accelerator(config.train)
+    accelerator = _accelerator(config)
     micro_batch = _micro_batch(config.train, accelerator.num_processes)
     pictures, held_out, left_out = _pictures(config)
     if left_out and accelerator.is_main_process:
@@ -61,6 +62,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         probes = validation.sets(task, pictures, held_out, config.train.validate_pictures)
     run = Run(config, task, accelerator, optimizer, ema, ledger, probes)
     first = run.resume()
+    if config.train.log_with:
+        accelerator.init_trackers(config.name)
 
     plan = (config.train.batch_size, micro_batch, accelerator.process_index, accelerator.num_processes)
     visits = batches(order, first, config.train.steps, *plan)
@@ -200,6 +203,7 @@ class Run:
         """Write the model folder and its last samples."""
         if self.accelerator.is_main_process:
             self.export(self.config.train.steps)
+        self.accelerator.end_training()  # closes what metrics are logged with
         self.accelerator.wait_for_everyone()
         return self.folder / "model"
 
@@ -257,7 +261,12 @@ class Run:
             self.task.save(self.folder / "model", torch.bfloat16)
             images = self.task.samples()
         (self.folder / "samples").mkdir(exist_ok=True)
-        make_grid(images, columns=8).save(self.folder / "samples" / f"step-{step:08d}.png")
+        grid = make_grid(images, columns=8)
+        grid.save(self.folder / "samples" / f"step-{step:08d}.png")
+        recipe = self.folder / "model" / "recipe.json"
+        if recipe.is_file():
+            facts = json.loads(recipe.read_text(encoding="utf-8"))
+            report.write_card(recipe.parent, self.config.name, facts, configs.dump(self.config), grid)
         self.report()
 
     def report(self) -> None:
@@ -320,6 +329,7 @@ class Run:
         if self.accelerator.is_main_process:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=done)
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines written after the checkpoint: those steps are done again."""
@@ -400,14 +410,22 @@ def _compile(task: tasks.Task, accelerator: Accelerator, micro_batch: int) -> No
             print(refused, file=sys.stderr)
 
 
-def _accelerator(train: Train) -> Accelerator:
-    device = PartialState().device
+def _accelerator(config: Config) -> Accelerator:
+    train, device = config.train, PartialState().device
+    for name in train.log_with:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"train.log_with {name} is not installed: pip install {name}, or leave it out")
     precision = PRECISION[fast_dtype(device)] if train.precision == "auto" else train.precision.replace("fp32", "no")
     if device.type == "cpu" and precision == "fp16":
         raise ValueError("train.precision fp16 is slow and wrong on the CPU: use auto, bf16 or fp32")
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     AcceleratorState._reset_state()  # it keeps the first run's precision for the life of the process
-    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    return Accelerator(
+        mixed_precision=precision,
+        kwargs_handlers=handlers,
+        log_with=[str(name) for name in train.log_with],
+        project_dir=config.folder,
+    )
 
 
 def _micro_batch(train: Train, processes: int) -> int:

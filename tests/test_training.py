@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -300,6 +301,25 @@ def test_overfitting_is_said_in_a_sentence(tmp_path):
     assert [row["step"] for row in History(tmp_path / "validation.jsonl").rows] == [0, 1, 2]
 
 
+def test_metrics_go_to_tensorboard_too(home):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = denoiser(home, "boarded", log_with=["tensorboard"])
+    trainer.train(run, quiet=True)
+    (folder,) = {file.parent for file in run.folder.rglob("events.out.tfevents*")}
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert logged["loss"] == pytest.approx(metrics(run.folder))
+    assert {"lr", "images_per_second", "grad_norm"} <= set(logged)
+
+
+def test_a_logger_that_is_not_installed_says_how_to_get_it(home, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(ValueError, match="pip install wandb"):
+        trainer.train(denoiser(home, "unlogged", log_with=["wandb"]), quiet=True)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a chromium to open the page in")
 def test_the_report_opens_in_a_browser_and_its_slider_works(home):
     run = denoiser(home, "reported", sample_every=2, validate_every=2)
@@ -393,6 +413,10 @@ def test_the_shipped_model_is_fine_tuned_on_a_folder_by_one_command(album, tmp_p
     assert recipe["trained_on"].endswith(f"album, after {shipped['trained_on']}")
     assert (model.parent / "report.html").is_file()
     assert (model.parent / "best/unet").is_dir()
+    card = (model / "README.md").read_text()
+    assert f"trained on {recipe['trained_on']}" in card
+    assert "2 steps of ddim" in card.replace("\n", " ")
+    assert Image.open(model / "samples.png").size == (8 * 128, 2 * 128)
     before, after = (TextToImage.load(path)("my picture 3", seed=1, steps=2)[0] for path in ("emoji", model))
     assert before.size == after.size == (128, 128)
     assert before.tobytes() != after.tobytes()
