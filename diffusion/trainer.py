@@ -423,7 +423,7 @@ def _accelerator(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         kwargs_handlers=handlers,
-        log_with=[str(name) for name in train.log_with],
+        log_with=[str(name) for name in train.log_with] or None,
         project_dir=config.folder,
     )
 

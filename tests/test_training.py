@@ -475,7 +475,9 @@ def test_two_processes_agree_with_one_also_when_resumed_by_the_other(home):
         assert metrics(run(name, 20).folder) == pytest.approx(metrics(whole.folder), rel=1e-5)
         assert metrics(run(name, 20).folder, "grad_norm") == pytest.approx(metrics(whole.folder, "grad_norm"), rel=1e-4)
         together, apart = (weights(folder)["weights"] for folder in (whole.folder, run(name, 20).folder))
-        assert max((together[k] - apart[k]).norm() / (1e-3 + together[k].norm()) for k in together) < 1e-5
+        off = {k: ((together[k] - apart[k]).norm() / (1e-3 + together[k].norm())).item() for k in together}
+        # softmax cancels a bias of the keys: its gradient is rounding alone, of which Adam makes whole steps
+        assert {k: error for k, error in off.items() if error > 1e-5 and not k.endswith("k_proj.bias")} == {}
 
 
 @pytest.mark.parametrize("split", [(4, 4), (2, 2, 2, 2), (1,) * 8])
