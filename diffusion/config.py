@@ -50,17 +50,19 @@ class Captions:
 class Data:
     """The pictures and their captions."""
 
-    path: Annotated[str, "folder of pictures with captions"]
+    path: Annotated[str, "folder of pictures with captions, or WebDataset shards: set/{000..099}.tar"]
     size: Annotated[Positive, "pictures are scaled and centre-cropped to size x size pixels, or to buckets"] = 512
     crop: Annotated[Positive | None, "train on random square crops of this many pixels (autoencoder)"] = None
     buckets: Annotated[bool, "keep about the shape of each picture: shapes of at most size x size pixels"] = False
     bucket_step: Annotated[Positive, "sides of buckets are multiples of this many pixels"] = 64
     bucket_ratio: Annotated[Annotated[float, Field(ge=1)], "longest shape: long side over short side"] = 2.0
+    crops: Annotated[Positive, "places along the longer side that a picture is cut at, one drawn at each visit"] = 1
     flip: Annotated[bool, "mirror pictures at half of the visits; not for captions that know left and right"] = False
     upscale: Annotated[bool, "take pictures that are too small; otherwise they are left out, and named"] = False
     background: Annotated[
         Annotated[str, Field(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")], "shown where a picture is transparent"
     ] = "white"
+    cache: Annotated[bool, "encode pictures and captions once, into <output>/cache; false: at every visit"] = True
     hold_out: Annotated[
         Fraction, "share of pictures, chosen by their names, that is never trained on; rows of split held_out never are"
     ] = 0.0
@@ -117,6 +119,7 @@ class Train:
     steps: Annotated[Positive, "optimizer steps"] = 1000
     batch_size: Annotated[Positive, "pictures an optimizer step, over all processes and micro-batches"] = 16
     micro_batch: Annotated[Positive | None, "pictures a forward pass on one process; null: the whole share"] = None
+    auto_batch: Annotated[bool, "choose the largest micro_batch that fits in memory"] = False
     lr: Annotated[Rate, "peak learning rate"] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine", "linear"], "after the warm-up"] = "constant"
     warmup: Annotated[Count, "steps of linear warm-up"] = 0

@@ -35,13 +35,12 @@ class Ema:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Within the block the module holds the averaged weights; afterwards its own, whatever happened."""
-        live = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
-        for name, parameter in module.named_parameters():
-            if name in live:
-                parameter.data = self.weights[name]
+        live: list[Tensor] = [p for n, p in module.named_parameters() if n in self.weights]
+        own = [parameter.detach().clone() for parameter in live]
         try:
+            with torch.no_grad():
+                torch._foreach_copy_(live, list(self.weights.values()))
             yield
         finally:
-            for name, parameter in module.named_parameters():
-                if name in live:
-                    parameter.data = live[name]
+            with torch.no_grad():
+                torch._foreach_copy_(live, own)

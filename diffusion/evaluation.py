@@ -16,7 +16,6 @@ from PIL import Image
 
 from diffusion import rng
 from diffusion.data.dataset import to_tensor
-from diffusion.data.pixels import read_pixels
 from diffusion.data.source import Picture, read_folder
 from diffusion.pipeline import TextToImage
 
@@ -79,7 +78,7 @@ def evaluate(
     """
     train, held_out = (read_folder(data, split, group="base") for split in ("train", "held_out"))
     pictures = [*train, *held_out]
-    thumbnails = np.stack([thumbnail(Image.fromarray(read_pixels(p.file, model.model.recipe.width))) for p in pictures])
+    thumbnails = np.stack([thumbnail(Image.fromarray(p.pixels(model.model.recipe.width))) for p in pictures])
 
     def ask(questions: list[Question]) -> Answers:
         images = []
@@ -136,7 +135,7 @@ def reconstruction_psnr(model: TextToImage, pictures: Sequence[Picture]) -> floa
     vae, size = model.model.vae, model.model.recipe.width
     values = []
     for picture in pictures:
-        pixels = to_tensor(read_pixels(picture.file, size)[None]).to(vae.device, vae.dtype)
+        pixels = to_tensor(picture.pixels(size)[None]).to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
         error = ((decoded * 127.5).round() / 127.5 - pixels.float()).square().mean()
         values.append(10 * torch.log10(4 / error.clamp_min(1e-12)).item())

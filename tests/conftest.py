@@ -50,3 +50,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(model, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten coloured squares, and in ``runs/ae`` an autoencoder that was trained on them."""
+    from runs import make_home
+
+    return make_home(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def straight(home: Path) -> Path:
+    """The folder of a run that nothing interrupts."""
+    from diffusion import trainer
+    from runs import denoiser
+
+    run = denoiser(home, "straight")
+    trainer.train(run, quiet=True)
+    return run.folder

@@ -46,7 +46,7 @@ def test_a_full_disk_is_told_before_anything_is_lost(tmp_path, monkeypatch):
 
 
 def test_the_stage_of_a_killed_process_is_cleared(tmp_path):
-    (tmp_path / ".stage-1").mkdir()
+    (tmp_path / ".stage").mkdir()
     checkpoint.write(tmp_path, 1, some(1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageCms
 
 from diffusion.data.buckets import BucketOrder, nearest, shapes
-from diffusion.data.cache import Cache, View
+from diffusion.data.cache import Cache, Kept
 from diffusion.data.captions import choose_caption
-from diffusion.data.coverage import Ledger
 from diffusion.data.dataset import LatentSet, PixelSet, to_tensor
+from diffusion.data.feed import FolderFeed
 from diffusion.data.order import Order, batches
-from diffusion.data.pixels import read_pixels
+from diffusion.data.pixels import View, read_pixels
 from diffusion.data.source import group_weights, leave_out_small, read_folder
 
 
@@ -126,15 +126,15 @@ def test_small_pictures_are_left_out_by_name(folder):
 def test_the_ledger_counts_every_visit(folder, tmp_path_factory):
     pictures = read_folder(folder)
     order, file = Order(0, group_weights(pictures, 0.0)), tmp_path_factory.mktemp("run") / "coverage.jsonl"
-    ledger = Ledger(order, pictures, {"small.png": "4x4 is smaller than 16x16"})
-    ledger.write(file, 10)
-    ledger.write(file, 100)
+    ledger = FolderFeed(order, pictures, {"small.png": "4x4 is smaller than 16x16"})
+    ledger.write_coverage(file, 10)
+    ledger.write_coverage(file, 100)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     expected = Counter(index for index, _ in order.visits(0, 100))
     assert [row["visits"] for row in rows] == [*(expected[i] for i in range(7)), 0]
     assert rows[-1]["left_out"] == "4x4 is smaller than 16x16"
-    resumed = Ledger(order, pictures, {})
-    resumed.write(file, 100)
+    resumed = FolderFeed(order, pictures, {})
+    resumed.write_coverage(file, 100)
     assert [json.loads(line)["visits"] for line in file.read_text().splitlines()] == [expected[i] for i in range(7)]
 
 
@@ -151,7 +151,7 @@ def test_a_broken_picture_is_named(tmp_path, content):
 def pixel_of(image, tmp_path, suffix="png", background="white", **options):
     file = tmp_path / f"picture.{suffix}"
     image.save(file, **options)
-    pixels = read_pixels(file, 8, background)
+    pixels = read_pixels(file, View(width=8, height=8, background=background))
     assert pixels.shape == (8, 8, 3)
     return pixels[4, 4].tolist()
 
@@ -336,10 +336,17 @@ def test_latents_and_times_do_not_depend_on_the_batch(folder):
     pictures = read_folder(folder)
     latents = LatentSet(
         pictures=pictures,
-        posteriors=[[(torch.full((2, 4, 4), float(view)), torch.ones(2, 4, 4)) for view in range(2)] for _ in pictures],
+        views=lambda picture: [View(width=16, height=16, flip=flip) for flip in (False, True)],
+        posteriors=[
+            {"mean": torch.full((2, 4, 4), float(view)), "std": torch.ones(2, 4, 4)}
+            for _ in pictures
+            for view in range(2)
+        ],
+        latent_channels=2,
+        factor=4,
         seed=0,
         caption=lambda picture, visit: f"{picture.text} {visit}",
-        tokenize=lambda captions: torch.tensor([[len(c), ord(c[-1])] for c in captions]),
+        encode_text=lambda captions: {"tokens": torch.tensor([[len(c), ord(c[-1])] for c in captions])},
     )
     visits = [(1, 0), (2, 5), (1, 1)]
     whole = latents.__getitems__(visits)
@@ -352,51 +359,80 @@ def test_latents_and_times_do_not_depend_on_the_batch(folder):
     assert many.mean().item() == pytest.approx(0.5, abs=0.15), "views take turns"
 
 
-def cache_of(shelf, encoder="v1"):
-    calls = []
+def cache_of(shelf, pictures, view, encoder="v1"):
+    """(fill, count, calls) of a cache that keeps the mean colour."""
+    kept, calls = Cache(shelf, encoder), []
+    paths = [kept.picture_path(picture, view) for picture in pictures]
 
-    def encode(pixels):
-        calls.append(len(pixels))
-        return pixels.mean(dim=(2, 3), keepdim=True), torch.ones(len(pixels), 3, 1, 1)
+    def make(places):
+        calls.append(len(places))
+        return [{"mean": to_tensor(pictures[place].pixels(view)[None]).mean(dim=(0, 2, 3))} for place in places]
 
-    return Cache(shelf, encoder), encode, calls
+    return (
+        lambda make=make, **options: kept.fill(paths, make, **options),
+        lambda: sum(p.is_file() for p in paths),
+        calls,
+    )
 
 
-def test_the_cache_is_never_stale(folder, tmp_path_factory):
-    shelf = tmp_path_factory.mktemp("cache")
-    view = View(file=folder / "0.png", width=16, height=16)
-    kept, encode, calls = cache_of(shelf)
-    first = kept.fill([view], encode)[0]
-    assert torch.equal(kept.fill([view], encode)[0][0], first[0])
+def test_trap_18_the_cache_is_never_stale(folder, tmp_path_factory):
+    """Stale after an image, a caption or the resolution changed."""
+    shelf, view = tmp_path_factory.mktemp("cache"), View(width=16, height=16)
+    pictures = read_folder(folder)[:1]
+    fill, count, calls = cache_of(shelf, pictures, view)
+    first = fill()[0]["mean"]
+    assert torch.equal(fill()[0]["mean"], first)
     assert calls == [1]
-    others = [replace(view, **change) for change in ({"width": 8}, {"background": "black"}, {"flip": True})]
-    kept.fill(others, encode)
-    assert sum(calls) == 4
-    Cache(shelf, "v2").fill([view], encode)
-    assert sum(calls) == 5
-    Image.new("RGB", (16, 16), "lime").save(view.file)
-    assert kept.count([view]) == 0
-    assert not torch.equal(kept.fill([view], encode)[0][0], first[0])
+    for change in ({"width": 8}, {"background": "black"}, {"flip": True}, {"place": 0.0}):
+        assert cache_of(shelf, pictures, replace(view, **change))[1]() == 0
+    assert cache_of(shelf, pictures, view, "v2")[1]() == 0
+    Image.new("RGB", (16, 16), "lime").save(pictures[0].file)
+    fill, count, calls = cache_of(shelf, pictures, view)
+    assert count() == 0
+    assert not torch.equal(fill()[0]["mean"], first)
+    assert Cache(shelf, "v1").path(b"a cat", "caption") != Cache(shelf, "v1").path(b"a dog", "caption")
     assert not list(shelf.rglob("*.part"))
 
 
 def test_what_an_interrupted_filling_has_done_stays(folder, tmp_path_factory):
-    views = [View(file=folder / f"{n}.png", width=16, height=16) for n in range(8)]
-    kept, encode, calls = cache_of(tmp_path_factory.mktemp("cache"))
+    pictures = read_folder(folder)
+    fill, count, calls = cache_of(tmp_path_factory.mktemp("cache"), pictures, View(width=16, height=16))
+    made = []
 
-    def interrupted(pixels):
-        if calls:
+    def interrupted(places):
+        if made:
             raise KeyboardInterrupt
-        return encode(pixels)
+        made.extend(places)
+        return [{"mean": torch.zeros(3)} for _ in places]
 
     with pytest.raises(KeyboardInterrupt):
-        kept.fill(views, interrupted, batch_size=3)
-    assert kept.count(views) == 3
-    found = kept.fill(views, encode, batch_size=3)
-    assert sum(calls) == 8
-    for n, (mean, _) in enumerate(found):
-        expected = to_tensor(read_pixels(folder / f"{n}.png", 16)[None]).mean(dim=(0, 2, 3))
-        assert torch.allclose(mean.flatten(), expected)
+        fill(interrupted, batch_size=3)
+    assert count() == 3
+    found = fill(batch_size=3)
+    assert sum(calls) == len(pictures) - 3
+    for place, picture in enumerate(pictures):
+        expected = (
+            torch.zeros(3) if place in made else to_tensor(read_pixels(picture.file, 16)[None]).mean(dim=(0, 2, 3))
+        )
+        assert torch.allclose(found[place]["mean"], expected)
+
+
+def test_a_cache_keeps_in_memory_what_it_may_and_makes_twins_once(tmp_path):
+    kept = Cache(tmp_path, "v1")
+    paths = [kept.path(bytes([n % 3]), "number") for n in range(6)]
+    made = []
+
+    def make(places):
+        made.extend(places)
+        return [{"x": torch.full((4,), float(place % 3))} for place in places]
+
+    found = kept.fill(paths, make, batch_size=2)
+    assert sorted(place % 3 for place in made) == [0, 1, 2]
+    small = Kept(paths, memory=40)
+    for _ in range(2):
+        assert [small[place]["x"][0].item() for place in range(6)] == [0, 1, 2, 0, 1, 2]
+        assert small.held <= 40
+    assert len(found) == 6
 
 
 # --- buckets ----------------------------------------------------------------------------------------------------------
@@ -416,7 +452,7 @@ def test_a_bucket_is_filled_without_stretching(tmp_path):
     wide = Image.new("RGB", (200, 100), "white")
     wide.paste("black", (95, 45, 105, 55))  # a square in the middle
     wide.save(tmp_path / "wide.png")
-    pixels = read_pixels(tmp_path / "wide.png", (96, 32))
+    pixels = read_pixels(tmp_path / "wide.png", View(width=96, height=32))
     assert pixels.shape == (32, 96, 3)
     dark = np.argwhere(pixels[:, :, 0] < 128)
     tall, across = np.ptp(dark, axis=0) + 1
@@ -453,3 +489,12 @@ def test_a_picture_that_cannot_cover_its_bucket_is_left_out(folder):
     assert len(leave_out_small(read_folder(folder), 16, shape_of)[0]) == 7, "40x12 covers 32x8, though not 16x16"
     Image.new("RGB", (12, 6)).save(folder / "3.png")
     assert len(leave_out_small(read_folder(folder), 16, shape_of)[1]) == 1
+
+
+def test_crops_keep_the_ends_of_a_long_picture(tmp_path):
+    wide = Image.new("RGB", (32, 8), "white")
+    wide.paste("red", (0, 0, 8, 8))
+    wide.paste("blue", (24, 0, 32, 8))
+    wide.save(tmp_path / "wide.png")
+    seen = [read_pixels(tmp_path / "wide.png", View(width=8, height=8, place=place))[4, 4] for place in (0.0, 0.5, 1.0)]
+    assert [colour.tolist() for colour in seen] == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1] / "diffusion"
 LAYERS = (  # top to bottom; __init__ is the front door: it may open every room, and no room may open it
     {"__init__"},
     {"cli", "__main__"},
-    {"pipeline", "trainer", "optimizers", "tasks", "evaluation", "validation", "report"},
-    {"checkpoint", "interop", "images"},
+    {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"},
+    {"checkpoint", "interop", "images", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
     {"config", "settings", "rng"},

@@ -2,134 +2,39 @@
 
 import contextlib
 import copy
-import importlib.util
 import itertools
 import json
-import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from diffusion import TextToImage, config, optimizers, report, trainer
-from diffusion.cli import main as cli
+from diffusion import TextToImage, config, optimizers, plan, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
+from diffusion.data.order import Order
 from diffusion.data.pixels import read_pixels
-from diffusion.data.source import hold_out, read_folder
+from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
 from diffusion.models.folder import load_vae
-from diffusion.tasks import encode_pixels
-from diffusion.validation import History, Probe
-
-ROOT = Path(__file__).parents[1]
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "mid_block_add_attention": False,
-    "sample_size": 16,
-}
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
-    "block_out_channels": [16],
-    "layers_per_block": 1,
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder of pictures and a trained autoencoder."""
-    home = tmp_path_factory.mktemp("training")
-    colours = ["red", "green", "blue", "yellow", "black", "white", "cyan", "magenta", "orange", "gray"]
-    rows = []
-    for colour in colours:
-        picture = Image.new("RGB", (16, 16), "white")
-        picture.paste(colour, (4, 4, 12, 12))
-        picture.save(home / f"{colour}.png")
-        rows.append({"file_name": f"{colour}.png", "text": f"{colour} square", "keywords": [colour]})
-    (home / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    trainer.train(autoencoder(home), quiet=True)
-    return home
-
-
-def autoencoder(home):
-    return config.validate(
-        {
-            "task": "autoencoder",
-            "name": "ae",
-            "output": str(home / "runs"),
-            "data": {"path": str(home), "size": 16, "crop": 8},
-            "model": {"vae": VAE},
-            "train": {"steps": 60, "batch_size": 8, "lr": 1e-2, "precision": "fp32", "log_every": 10, "ema": 0.9},
-        }
-    )
-
-
-def denoiser(home, name, **train):
-    settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "lr_schedule": "linear", "precision": "fp32", "log_every": 1}
-    return config.validate(
-        {
-            "task": "text_to_image",
-            "name": name,
-            "output": str(home / "runs"),
-            "data": {"path": str(home), "size": 16, "captions": {"keywords": 0.3, "dropout": 0.2, "fillers": ["a"]}},
-            "model": {
-                "autoencoder": str(home / "runs/ae/model"),
-                "tokenizer": {"vocab_size": 600, "max_length": 12},
-                "text_encoder": TEXT,
-                "unet": UNET,
-                "prediction": "v_prediction",
-                "zero_terminal_snr": True,
-                "beta_schedule": "cosine",
-            },
-            "train": settings | train,
-            "recipe": {"steps": 2, "prompts": ["red square"]},
-        }
-    )
-
-
-def weights(folder):
-    path = trainer.checkpoint.latest(folder / "checkpoints")
-    return {name: load_file(path / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
-
-
-def metrics(folder, name="loss"):
-    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def difference(one, other):
-    return max(
-        ((one[g][k] - other[g][k]).abs().max() / (1e-6 + one[g][k].abs().max())).item() for g in one for k in one[g]
-    )
-
-
-@pytest.fixture(scope="module")
-def straight(home):
-    """A run that nothing interrupts."""
-    run = denoiser(home, "straight")
-    trainer.train(run, quiet=True)
-    return run.folder
+from diffusion.models.networks import encode_pixels
+from diffusion.tasks.text_to_image import DenoisingLoss
+from runs import (
+    autoencoder,
+    command,
+    denoiser,
+    difference,
+    metrics,
+    stop_and_go_on,
+    train_with,
+    weights,
+)
 
 
 def test_the_autoencoder_learns_and_its_latents_have_unit_variance(home):
@@ -173,20 +78,6 @@ def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(ho
     assert difference(weights(straight), weights(run.folder)) == 0
     assert metrics(run.folder) == metrics(straight)
     assert len(metrics(straight)) == 6
-
-
-def stop_and_go_on(run, monkeypatch, stop_after):
-    finish_step = trainer.Run.finish_step
-
-    def finish_and_stop(self, step, loss, norm):
-        finish_step(self, step, loss, norm)
-        self.stop = step + 1 == stop_after
-
-    monkeypatch.setattr(trainer.Run, "finish_step", finish_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(run, quiet=True)
-    monkeypatch.undo()
-    trainer.train(run, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -245,194 +136,6 @@ def test_muon_is_pytorchs_on_matrices_and_takes_kernels_in_either_layout():
     assert ours.state[plain.bias]["exp_avg"].shape == (64,)  # a vector is AdamW's
 
 
-def test_validation_leaves_training_alone_and_keeps_the_best(home, straight):
-    run = denoiser(home, "validated", validate_every=2, validate_pictures=4)
-    trainer.train(run, quiet=True)
-    assert difference(weights(straight), weights(run.folder)) == 0
-    rows = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6]
-    assert all(0 < row["train"][kind] < 10 for row in rows for kind in ("raw", "shipped"))
-    assert [len(row["bins"]["train"]["raw"]) for row in rows] == [8] * 3
-    assert len({row["train"]["raw"] for row in rows}) == 3
-    assert TextToImage.load(run.folder / "best")("red square", steps=1, seed=0)[0].size == (16, 16)
-
-
-def test_held_out_pictures_are_measured_and_never_trained_on(home, monkeypatch):
-    run = denoiser(home, "held", validate_every=3)
-    run.data.hold_out = 0.4
-    seen = []
-    forward = trainer.tasks.DenoisingLoss.forward
-
-    def watch(self, batch):
-        seen.extend(batch["id"].tolist() if self.training else [])
-        return forward(self, batch)
-
-    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", watch)
-    trainer.train(run, quiet=True)
-    kept, held_out = hold_out(read_folder(home), 0.4)
-    assert 0 < len(held_out) < 10
-    assert set(seen) == {picture.id for picture in kept}
-    rows = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [{"step", "train", "held_out", "bins"}] * 2
-
-
-def test_a_probe_is_the_same_each_time_and_covers_all_noise(home):
-    run = denoiser(home, "probe")
-    task = trainer.tasks.build(run, read_folder(home), torch.device("cpu"))
-    probe = Probe(task.probe(read_folder(home)), 5)
-    one, two = (probe.dataset.__getitems__(probe.visits) for _ in range(2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (one["u"] * 8).int().tolist() == [level for level in range(8) for _ in range(5)]
-    assert len(set(one["id"].tolist())) == 5
-
-
-def test_overfitting_is_said_in_a_sentence(tmp_path):
-    history = History(tmp_path / "validation.jsonl")
-    said = []
-    for step, (train, held_out) in enumerate([(1.0, 1.1), (0.8, 0.9), (0.6, 0.95), (0.5, 0.96), (0.4, 0.97)]):
-        losses = {"train": {"shipped": [train]}, "held_out": {"shipped": [held_out]}}
-        assert history.add(step, losses) == (step < 2)
-        said.append(history.verdict())
-    assert said[:4] == [None] * 4
-    assert "best at step 1 (0.9000) and is now 0.9700" in said[4]
-    again = History(tmp_path / "validation.jsonl")
-    assert again.rows == history.rows
-    again.forget_after(2)
-    assert [row["step"] for row in History(tmp_path / "validation.jsonl").rows] == [0, 1, 2]
-
-
-def test_metrics_go_to_tensorboard_too(home):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = denoiser(home, "boarded", log_with=["tensorboard"])
-    trainer.train(run, quiet=True)
-    (folder,) = {file.parent for file in run.folder.rglob("events.out.tfevents*")}
-    events = accumulator.EventAccumulator(str(folder))
-    events.Reload()
-    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert logged["loss"] == pytest.approx(metrics(run.folder))
-    assert {"lr", "images_per_second", "grad_norm"} <= set(logged)
-
-
-def test_a_logger_that_is_not_installed_says_how_to_get_it(home, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
-    with pytest.raises(ValueError, match="pip install wandb"):
-        trainer.train(denoiser(home, "unlogged", log_with=["wandb"]), quiet=True)
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a chromium to open the page in")
-def test_the_report_opens_in_a_browser_and_its_slider_works(home):
-    run = denoiser(home, "reported", sample_every=2, validate_every=2)
-    run.name = "a <b> & c"
-    trainer.train(run, quiet=True)
-    page = (run.folder / "report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)", page), "one self-contained page"
-    move = '<script>{ const r = document.querySelector("input"); r.value = 0; r.dispatchEvent(new Event("input")) }'
-    (run.folder / "moved.html").write_text(page.replace("</html>", f"{move}</script></html>"))
-    first, last = (dom(run.folder / name) for name in ("moved.html", "report.html"))
-    for shown, step in ((first, 2), (last, 6)):
-        assert f"<output>{step}</output>" in shown
-        visible = [tag for tag in re.findall(r"<img[^>]*>", shown) if "hidden" not in tag]
-        assert [f'data-step="{step}"' in tag for tag in visible] == [True]
-    assert last.count("<polyline") == 7
-    assert "<h1>a &lt;b&gt; &amp; c</h1>" in last
-    assert "10 pictures, each seen" in last
-
-
-def dom(file):
-    """The page after its script has run."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-def test_a_chart_has_round_ticks_around_its_points():
-    assert report.ticks(0.13, 0.48) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert report.ticks(5, 5)[0] < 5 < report.ticks(5, 5)[-1]
-    assert report.chart("x", {"empty": []}) == ""
-    drawn = report.chart("loss", {"a": [(0, 1.0), (10, float("nan")), (20, 3.0)]})
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', drawn)[1].split()]
-    assert len(points) == 2
-    assert points[0][0] < points[1][0]
-    assert points[0][1] > points[1][1], "up is more"
-
-
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, capsys):
-    run = denoiser(home, "planned", micro_batch=2)
-    run.data.hold_out, run.data.background = 0.3, "black"
-    (home / "planned.yaml").write_text(config.dump(run))
-    before = sorted(home.rglob("*"))
-    assert cli(["train", str(home / "planned.yaml"), "--dry-run", "train.steps=60"]) == 0
-    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert sorted(home.rglob("*")) == before
-    kept = len(hold_out(read_folder(home), 0.3)[0])
-    assert said["pictures"] == f"{kept} to train on, {10 - kept} held out"
-    assert said["steps"] == f"60 of 8 pictures, {60 * 8 / kept:.1f} epochs"
-    assert said["batch"] == "1 processes x 2 pictures x 4 accumulated"
-    assert f"0 of {kept} there" in said["latents"]
-    assert cli(["train", str(straight / "config.yaml"), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    trained = sum(tensor.numel() for tensor in weights(straight)["ema"].values())
-    assert f"{trained:,} trained of " in said
-    assert "10 of 10 there" in said
-    assert "going on from step-00000006" in said
-
-
-@pytest.fixture
-def album(tmp_path):
-    """A few dozen pictures of all sizes and kinds, with a caption beside each."""
-    folder = tmp_path / "album"
-    folder.mkdir()
-    kinds = [
-        ("RGB", "png"),
-        ("RGB", "jpg"),
-        ("RGBA", "png"),
-        ("L", "webp"),
-        ("P", "gif"),
-        ("CMYK", "tif"),
-        ("1", "bmp"),
-    ]
-    for n in range(28):
-        mode, suffix = kinds[n % len(kinds)]
-        picture = Image.new("RGB", (90 + 17 * n, 500 - 13 * n), (9 * n, 255 - 9 * n, 128))
-        picture.paste("white", (20, 20, 60, 60))
-        picture.convert(mode).save(folder / f"{n}.{suffix}")
-        (folder / f"{n}.txt").write_text(f"my picture {n}\na card with a white square")
-    return folder
-
-
-def test_the_shipped_model_is_fine_tuned_on_a_folder_by_one_command(album, tmp_path, capsys):
-    short = ["train.steps=4", "train.batch_size=4", "train.validate_every=2", "train.validate_pictures=2"]
-    words = [f"data.path={album}", f"output={tmp_path / 'runs'}", "recipe.steps=2", *short]
-    assert cli(["train", str(ROOT / "configs/finetune.yaml"), *words]) == 0
-    model = Path(capsys.readouterr().out.strip())
-    assert model == tmp_path / "runs/finetune/model"
-    recipe = json.loads((model / "recipe.json").read_text())
-    shipped = json.loads((ROOT / "assets/emoji/recipe.json").read_text())
-    assert recipe["steps"] == 2
-    assert recipe["guidance_scale"] == shipped["guidance_scale"], "what the config leaves open is the base model's"
-    assert recipe["trained_on"].endswith(f"album, after {shipped['trained_on']}")
-    assert (model.parent / "report.html").is_file()
-    assert (model.parent / "best/unet").is_dir()
-    card = (model / "README.md").read_text()
-    assert f"trained on {recipe['trained_on']}" in card
-    assert "2 steps of ddim" in card.replace("\n", " ")
-    assert Image.open(model / "samples.png").size == (8 * 128, 2 * 128)
-    before, after = (TextToImage.load(path)("my picture 3", seed=1, steps=2)[0] for path in ("emoji", model))
-    assert before.size == after.size == (128, 128)
-    assert before.tobytes() != after.tobytes()
-
-
-def test_a_base_brings_its_own_parts(home):
-    run = denoiser(home, "both")
-    run.model.base = "emoji"
-    with pytest.raises(ValueError, match=r"model\.base brings its own model\.autoencoder"):
-        trainer.train(run, quiet=True)
-    run.model.autoencoder = run.model.tokenizer = run.model.text_encoder = run.model.unet = None
-    run.model.base = "emojo"
-    with pytest.raises(ValueError, match="did you mean 'emoji'"):
-        trainer.train(run, quiet=True)
-
-
 def test_accumulation_changes_nothing(home, straight):
     run = denoiser(home, "accumulated", micro_batch=2)
     trainer.train(run, quiet=True)
@@ -444,23 +147,6 @@ def test_data_workers_change_nothing(home, straight):
     run = denoiser(home, "workers", workers=2)
     trainer.train(run, quiet=True)
     assert difference(weights(straight), weights(run.folder)) == 0
-
-
-def command(home, run, processes=1):
-    """The command line that trains a run, and its environment."""
-    file = home / f"{run.name}.yaml"
-    file.write_text(config.dump(run))
-    words = [str(ROOT / "train.py"), str(file)]
-    if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-        words = [*launch, "--num_processes", str(processes), "--dynamo_backend", "no", *words]
-    return [sys.executable, *words], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def train_with(home, run, processes):
-    words, environment = command(home, run, processes)
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_two_processes_agree_with_one_also_when_resumed_by_the_other(home):
@@ -487,7 +173,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(home, split):
     pictures = read_folder(home)
     task = trainer.tasks.build(run, pictures, torch.device("cpu"))
     task.module.double()
-    visits = trainer.Order(0, trainer.group_weights(pictures, 0.0)).visits(0, 8)
+    visits = Order(0, group_weights(pictures, 0.0)).visits(0, 8)
 
     def gradient(visits):
         batch = task.dataset.__getitems__(visits)
@@ -537,7 +223,7 @@ def test_a_run_that_is_killed_at_any_instant_ends_as_if_it_never_was(home, kills
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
     run = denoiser(home, "nan")
-    forward = trainer.tasks.DenoisingLoss.forward
+    forward = DenoisingLoss.forward
     calls = []
 
     def break_third(self, batch):
@@ -545,10 +231,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
         losses = forward(self, batch)
         return losses * torch.where(torch.arange(len(losses)) == 5, float("nan"), 1.0) if len(calls) == 3 else losses
 
-    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", break_third)
+    monkeypatch.setattr(DenoisingLoss, "forward", break_third)
     with pytest.raises(FloatingPointError, match=r"step 2.* look at ") as caught:
         trainer.train(run, quiet=True)
-    order = trainer.Order(0, trainer.group_weights(read_folder(home), 0.0))
+    order = Order(0, group_weights(read_folder(home), 0.0))
     poisoned = read_folder(home)[order.visits(16, 24)[5][0]].file
     assert str(caught.value).endswith(f"look at {poisoned}"), "the one picture whose loss is not a number"
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.folder)["weights"].values())
@@ -557,17 +243,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
 def test_captions_that_do_not_fit_are_refused_before_training(home):
     run = denoiser(home, "long")
     run.data.captions.trigger = "a trigger that takes more tokens than the encoder reads"
-    with pytest.raises(ValueError, match=r"10 captions are longer than the 10 tokens .*red\.png: 'a trigger"):
-        trainer.train(run, quiet=True)
-
-
-def test_coverage_is_written_and_small_pictures_are_named(home, straight, capsys):
-    rows = [json.loads(line) for line in (straight / "coverage.jsonl").read_text().splitlines()]
-    assert sum(row["visits"] for row in rows) == 6 * 8
-    assert len(rows) == 10
-    run = denoiser(home, "big")
-    run.data.size = 32
-    with pytest.raises(ValueError, match=r"all 10 pictures are smaller than data\.size 32"):
+    with pytest.raises(ValueError, match=r"10 pictures do not fit, first .*red\.png: longer than the 10 tokens"):
         trainer.train(run, quiet=True)
 
 
@@ -581,9 +257,9 @@ def test_a_batch_that_does_not_split_is_refused(home):
 )
 def test_learning_rate(schedule, values):
     train = Train(lr=1.0, steps=90, warmup=10, lr_schedule=schedule)
-    assert trainer.learning_rate(train, 0) == pytest.approx(0.1)
-    assert trainer.learning_rate(train, 9) == pytest.approx(1)
-    assert [trainer.learning_rate(train, step) for step in (50, 80)] == pytest.approx(values)
+    assert plan.learning_rate(train, 0) == pytest.approx(0.1)
+    assert plan.learning_rate(train, 9) == pytest.approx(1)
+    assert [plan.learning_rate(train, step) for step in (50, 80)] == pytest.approx(values)
 
 
 def test_pictures_of_any_shape_train_in_buckets(home, tmp_path, monkeypatch):
@@ -596,16 +272,16 @@ def test_pictures_of_any_shape_train_in_buckets(home, tmp_path, monkeypatch):
     run.data.path, run.data.buckets, run.data.bucket_step, run.data.flip = str(folder), True, 8, True
     run.data.bucket_ratio, run.data.captions.fillers, run.data.captions.keywords = 4.0, [], 0.0
     seen = set()
-    forward = trainer.tasks.DenoisingLoss.forward
+    forward = DenoisingLoss.forward
 
     def watch(self, batch):
         seen.add(tuple(batch["latents"].shape))
         return forward(self, batch)
 
-    monkeypatch.setattr(trainer.tasks.DenoisingLoss, "forward", watch)
+    monkeypatch.setattr(DenoisingLoss, "forward", watch)
     model = trainer.train(run, quiet=True)
     assert seen == {(8, 4, 8, 8), (8, 4, 4, 16), (8, 4, 16, 4)}
-    assert "16x16: 2, 32x8: 2" in trainer.plan(run)
+    assert "16x16: 2, 32x8: 2" in trainer.describe(run)
     rows = [json.loads(line) for line in (run.folder / "coverage.jsonl").read_text().splitlines()]
     assert sum(row["visits"] for row in rows) == 6 * 8
     assert [row["left_out"] for row in rows if "left_out" in row] == ["10x10 is smaller than 16x16"]

@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
         settings = config.load(argv[0] if argv else "", _overrides(argv[1:]))
         from diffusion import trainer
 
-        print(trainer.plan(settings) if dry_run else trainer.train(settings))
+        print(trainer.describe(settings) if dry_run else trainer.train(settings))
     except ValueError as error:
         print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2

@@ -1,92 +1,106 @@
-"""Posteriors of pictures, each computed once and kept under a name made of everything that it depends on."""
+"""What is computed once of a picture or a caption, kept under a name made of everything that it depends on."""
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.data.dataset import to_tensor
-from diffusion.data.pixels import read_pixels
+from diffusion.data.pixels import View
+from diffusion.data.source import Picture
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels (B, 3, H, W) -> mean and std (B, C, h, w)
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """A picture as it is encoded."""
-
-    file: Path
-    width: int
-    height: int
-    background: str = "white"
-    flip: bool = False
+Entry = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder with one small file a view; processes fill it together, and stopping one loses at most a batch.
+    """A folder with one small file an entry; processes fill it together, and stopping one loses at most a batch.
 
-    The name hashes the picture's bytes, what is done to it and ``encoder``, a digest of the weights that encode it: an
-    edited picture, another size or another encoder is never mistaken for this one.
+    The name of an entry hashes what it was made of and ``encoder``, a digest of the weights that made it: an edited
+    picture or caption, another size or another encoder is never mistaken for this one.
     """
 
     folder: Path
     encoder: str
 
-    def path(self, view: View) -> Path:
-        digest = hashlib.sha256(view.file.read_bytes())
-        digest.update(f" {self.encoder} {view.width}x{view.height} {view.background} {view.flip} fp32".encode())
+    def path(self, content: bytes, how: str) -> Path:
+        """Where the entry of ``content``, encoded in the way that ``how`` says, is kept."""
+        digest = hashlib.sha256(f"{self.encoder} {how} fp32\0".encode() + content)
         name = digest.hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def fill(self, views: Sequence[View], encode: Encode, batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:
-        """Mean and standard deviation, ``(C, h, w)`` float32 each, of every view; what is missing is encoded."""
-        paths = [self.path(view) for view in views]
-        missing = [i for i, path in enumerate(paths) if not path.is_file()]
-        missing.sort(key=lambda i: (views[i].width, views[i].height))
+    def picture_path(self, picture: Picture, view: View) -> Path:
+        """Where what was made of one view of a picture is kept."""
+        content = picture.file.read_bytes() if picture.content is None else picture.content
+        return self.path(content, repr(view))
+
+    def fill(
+        self,
+        paths: Sequence[Path],
+        make: Callable[[list[int]], Iterable[Entry]],
+        kinds: Sequence[Hashable] | None = None,
+        what: str = "pictures",
+        batch_size: int = 32,
+    ) -> "Kept":
+        """Make what is missing: ``make`` gets the places of a batch, which is of one of the ``kinds``."""
+        first = {path: place for place, path in reversed(list(enumerate(paths)))}  # what comes twice is made once
+        missing = [place for path, place in first.items() if not path.is_file()]
+        missing.sort(key=lambda place: (repr(kinds[place]) if kinds is not None else "", place))
         start = os.getpid() % len(missing) if missing else 0  # processes begin apart and skip what another has done
-        with tqdm(total=len(missing), desc="encoding pictures", unit="img", leave=False, disable=not missing) as bar:
-            for batch in _batches(missing[start:] + missing[:start], views, batch_size):
-                todo = [i for i in batch if not paths[i].is_file()]
-                if todo:
-                    _encode([views[i] for i in todo], [paths[i] for i in todo], encode)
+        with tqdm(total=len(missing), desc=f"encoding {what}", leave=False, disable=not missing) as bar:
+            for batch in _batches(missing[start:] + missing[:start], kinds, batch_size):
+                todo = [place for place in batch if not paths[place].is_file()]
+                for place, entry in zip(todo, make(todo) if todo else (), strict=True):
+                    _write(paths[place], entry)
                 bar.update(len(batch))
-        return [(kept["mean"], kept["std"]) for kept in map(load_file, paths)]
-
-    def count(self, views: Sequence[View]) -> int:
-        """How many of the views are there."""
-        return sum(self.path(view).is_file() for view in views)
+        return Kept(paths)
 
 
-def _batches(indices: Sequence[int], views: Sequence[View], batch_size: int) -> list[list[int]]:
-    """Runs of one shape, of at most ``batch_size``."""
-    batches: list[list[int]] = []
-    for i in indices:
-        last = views[batches[-1][0]] if batches else None
-        if (
-            last is None
-            or (last.width, last.height) != (views[i].width, views[i].height)
-            or len(batches[-1]) == batch_size
-        ):
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+class Kept(Sequence[Entry]):
+    """Entries by their place, read when they are asked for and held in memory up to ``memory`` bytes."""
+
+    def __init__(self, paths: Sequence[Path], memory: int = 2 << 30) -> None:
+        self.paths, self.memory, self.held = paths, memory, 0
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: Any) -> Any:  # a Sequence takes slices as well, which nobody asks for here
+        if (entry := self._entries.get(place)) is None:
+            entry = self._entries[place] = {
+                name: tensor.clone() for name, tensor in load_file(self.paths[place]).items()
+            }
+            self.held += _size(entry)
+            while self.held > self.memory and len(self._entries) > 1:
+                self.held -= _size(self._entries.popitem(last=False)[1])
+        return entry
 
 
-def _encode(views: Sequence[View], paths: Sequence[Path], encode: Encode) -> None:
-    pixels = np.stack([read_pixels(v.file, (v.width, v.height), v.background, v.flip) for v in views])
-    means, stds = (part.float().cpu() for part in encode(to_tensor(pixels)))
-    if not torch.isfinite(means).all():
-        raise FloatingPointError(f"the autoencoder's latents of {views[0].file} and others are not finite: use fp32")
-    for path, mean, std in zip(paths, means, stds, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, part)
-        os.replace(part, path)
+def _size(entry: Entry) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
+
+
+def _batches(places: Sequence[int], kinds: Sequence[Hashable] | None, batch_size: int) -> Iterator[list[int]]:
+    """Runs of one kind, of at most ``batch_size``."""
+    batch: list[int] = []
+    for place in places:
+        if batch and (len(batch) == batch_size or (kinds is not None and kinds[batch[0]] != kinds[place])):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _write(path: Path, entry: Entry) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({name: tensor.float().cpu().contiguous() for name, tensor in entry.items()}, part)
+    os.replace(part, path)

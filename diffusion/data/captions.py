@@ -56,6 +56,12 @@ def lead(trigger: str, caption: str) -> str:
     return f"{trigger}, {caption}" if trigger else caption
 
 
+def variants(picture: Picture, templates: Sequence[str] = (), trigger: str = "") -> list[str]:
+    """Every caption that ``choose_caption`` may give without keywords, fillers and shuffled tags."""
+    framed = [template.replace("{}", text) for template in templates for text in picture.texts]
+    return ["", *(lead(trigger, text) for text in [*picture.texts, *framed])]
+
+
 def _shuffle_tags(text: str, picture: Picture, visit: int, seed: int, keep: int) -> str:
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
     draws = rng.uniform(seed, "caption.tags", picture.id, visit, size=max(1, len(tags)))

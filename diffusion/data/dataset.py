@@ -1,6 +1,6 @@
 """Visits to batches of tensors: pixels for an autoencoder, latents with captions for a denoiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from diffusion import rng
 from diffusion.data.order import Visit
-from diffusion.data.pixels import read_pixels
+from diffusion.data.pixels import View
 from diffusion.data.source import Picture
 
 Batch = dict[str, Tensor]
+Visited = tuple[Picture, int]  # a picture and the number of this visit to it
 BINS = 8  # noise levels of a probe
 
 
@@ -41,11 +42,15 @@ class PixelSet:
         return len(self.pictures)
 
     def __getitems__(self, visits: Sequence[Visit]) -> Batch:
-        pictures = [self.pictures[index] for index, _ in visits]
-        ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
+        return self.collate([(self.pictures[index], number) for index, number in visits])
+
+    def collate(self, visited: Sequence[Visited]) -> Batch:
+        """A batch of these visits."""
+        pictures, numbers = [picture for picture, _ in visited], [number for _, number in visited]
+        ids = [picture.id for picture in pictures]
         corners = rng.uniform(self.seed, "crop", ids, numbers, size=2) * (self.size - self.crop + 1)
         crops = [
-            self._pixels(picture.file)[top : top + self.crop, left : left + self.crop]
+            self._pixels(picture)[top : top + self.crop, left : left + self.crop]
             for picture, (top, left) in zip(pictures, corners.astype(int), strict=True)
         ]
         shape = (self.latent_channels, self.crop // self.factor, self.crop // self.factor)
@@ -56,62 +61,70 @@ class PixelSet:
             "visit": torch.tensor(numbers),
         }
 
-    def _pixels(self, file: Path) -> npt.NDArray[np.uint8]:
-        if (pixels := self._kept.get(file)) is None:
-            pixels = read_pixels(file, self.size, self.background)
-            if len(self._kept) * pixels.nbytes < self.memory:
-                self._kept[file] = pixels
+    def _pixels(self, picture: Picture) -> npt.NDArray[np.uint8]:
+        if (pixels := self._kept.get(picture.file)) is None:
+            pixels = picture.pixels(View(width=self.size, height=self.size, background=self.background))
+            if picture.content is None and len(self._kept) * pixels.nbytes < self.memory:
+                self._kept[picture.file] = pixels
         return pixels
 
 
 @dataclass(kw_only=True)
 class LatentSet:
-    """Cached posteriors with a caption, a noise and a time drawn anew at every visit.
+    """Pictures with a caption, a view, a noise and a time drawn anew at every visit.
 
-    With ``in_bins`` visit k draws its time from bin k of ``BINS`` equal ones, and the latent is the posterior's mean.
+    ``posteriors`` holds mean and std ``(C, h, w)`` of every view of every picture, picture by picture; without it a
+    batch has the pixels instead, and the loss encodes them. With ``in_bins`` visit k draws its time from bin k of
+    ``BINS`` equal ones, the view is the first and the latent the posterior's mean.
     """
 
     pictures: Sequence[Picture]
-    posteriors: Sequence[Sequence[tuple[Tensor, Tensor]]]  # of each picture the views: mean and std, (C, h, w) each
+    views: Callable[[Picture], Sequence[View]]
+    posteriors: Sequence[Mapping[str, Tensor]] | None
+    latent_channels: int
+    factor: int  # pixels per latent cell along one side
     seed: int
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     in_bins: bool = False
     caption: Callable[[Picture, int], str]
-    tokenize: Callable[[list[str]], Tensor]
+    encode_text: Callable[[list[str]], Batch]  # captions to tokens, or to what an encoder has made of them
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitems__(self, visits: Sequence[Visit]) -> Batch:
-        index = [index for index, _ in visits]
-        pictures = [self.pictures[i] for i in index]
-        ids, numbers = [picture.id for picture in pictures], [number for _, number in visits]
-        views = self._views(index, ids, numbers)
-        mean, std = (torch.stack(part) for part in zip(*views, strict=True))
-        shape = mean.shape[1:]
+        places = [index for index, _ in visits]
+        return self.collate([(self.pictures[index], number) for index, number in visits], places)
+
+    def collate(self, visited: Sequence[Visited], places: Sequence[int] = ()) -> Batch:
+        """A batch of these visits; ``places`` says where in ``pictures`` they are, for the posteriors."""
+        pictures, numbers = [picture for picture, _ in visited], [number for _, number in visited]
+        ids = [picture.id for picture in pictures]
+        draws = np.zeros(len(ids)) if self.in_bins else rng.uniform(self.seed, "view", ids, numbers, size=1)[:, 0]
+        views = [self.views(picture) for picture in pictures]
+        chosen = [int(draw * len(of)) for draw, of in zip(draws, views, strict=True)]
+        view = views[0][0]
+        shape = (self.latent_channels, view.height // self.factor, view.width // self.factor)
 
         def normal(purpose: str, *shape: int) -> Tensor:
             return torch.from_numpy(rng.normal(self.seed, purpose, ids, numbers, shape=shape))
 
-        noise = normal("noise", *shape)
+        posterior = torch.zeros(len(ids), *shape) if self.in_bins else normal("posterior", *shape)
+        batch = {"id": torch.tensor(ids), "visit": torch.tensor(numbers)}
+        if self.posteriors is None:
+            shown = [picture.pixels(of[k]) for picture, of, k in zip(pictures, views, chosen, strict=True)]
+            batch |= {"pixels": to_tensor(np.stack(shown)), "posterior": posterior}
+        else:
+            found = [self.posteriors[i * len(of) + k] for i, of, k in zip(places, views, chosen, strict=True)]
+            mean, std = (torch.stack([one[name] for one in found]) for name in ("mean", "std"))
+            batch["latents"] = mean + std * posterior
+        batch["noise"] = normal("noise", *shape)
         if self.offset_noise > 0:
-            noise = noise + self.offset_noise * normal("noise.offset", shape[0], 1, 1)
+            batch["noise"] += self.offset_noise * normal("noise.offset", shape[0], 1, 1)
+        if self.input_perturbation > 0:
+            batch["perturbation"] = normal("noise.input", *shape)
         u = torch.from_numpy(rng.uniform(self.seed, "time", ids, numbers, size=1))[:, 0]
-        u, spread = ((torch.tensor(numbers) + u) / BINS, 0.0) if self.in_bins else (u, 1.0)
-        extra = {"perturbation": normal("noise.input", *shape)} if self.input_perturbation > 0 else {}
-        return extra | {
-            "latents": mean + spread * std * normal("posterior", *shape),
-            "tokens": self.tokenize([self.caption(p, n) for p, n in zip(pictures, numbers, strict=True)]),
-            "noise": noise,
-            "u": u,
-            "id": torch.tensor(ids),
-            "visit": torch.tensor(numbers),
-        }
-
-    def _views(self, index: Sequence[int], ids: Sequence[int], numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """One view of each picture, drawn anew at each visit where there are several; a probe takes the first."""
-        if self.in_bins or all(len(self.posteriors[i]) == 1 for i in index):
-            return [self.posteriors[i][0] for i in index]
-        draws = rng.uniform(self.seed, "view", ids, numbers, size=1)[:, 0]
-        return [self.posteriors[i][int(u * len(self.posteriors[i]))] for i, u in zip(index, draws, strict=True)]
+        batch["u"] = (batch["visit"] + u) / BINS if self.in_bins else u
+        captions = [self.caption(picture, number) for picture, number in zip(pictures, numbers, strict=True)]
+        return batch | self.encode_text(captions)

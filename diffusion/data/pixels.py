@@ -1,6 +1,7 @@
 """Decode a picture as it is meant to look: sRGB, upright, on a background, cropped to a shape."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +11,42 @@ from PIL import Image, ImageCms, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # an explicit list: no format that runs code or calls a program
 
 
-def read_pixels(
-    file: Path, size: int | tuple[int, int], background: str = "white", flip: bool = False
-) -> npt.NDArray[np.uint8]:
-    """A picture as ``(height, width, 3)`` uint8 sRGB, scaled to cover ``size`` and centre-cropped.
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a picture is seen: scaled to cover a shape, cut there, perhaps mirrored.
 
-    ``size`` is (width, height), or one number for a square; ``flip`` mirrors left and right.
-
-    Of an animation the first frame. ``ValueError`` names a file that cannot be read.
+    ``place`` is where the side that is too long is cut: 0 keeps the left or top, 0.5 the middle, 1 the right or bottom.
     """
+
+    width: int
+    height: int
+    background: str = "white"
+    place: float = 0.5
+    flip: bool = False
+
+
+def read_pixels(file: Path, view: View | int, content: bytes | None = None) -> npt.NDArray[np.uint8]:
+    """A picture as ``(height, width, 3)`` uint8 sRGB; a number is the side of a square on white.
+
+    Of an animation the first frame. ``content`` is what the file holds, where it is no file of its own. ``ValueError``
+    names a file that cannot be read.
+    """
+    view = View(width=view, height=view) if isinstance(view, int) else view
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            image = to_rgb(opened, background)
+        with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as opened:
+            image = to_rgb(opened, view.background)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
-    size = (size, size) if isinstance(size, int) else size
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return np.asarray(ImageOps.mirror(image) if flip else image)
+    if image.size != (view.width, view.height):
+        centering = (view.place, view.place)
+        image = ImageOps.fit(image, (view.width, view.height), Image.Resampling.LANCZOS, centering=centering)
+    return np.array(ImageOps.mirror(image) if view.flip else image)
 
 
-def read_size(file: Path) -> tuple[int, int]:
+def read_size(file: Path, content: bytes | None = None) -> tuple[int, int]:
     """Width and height as a viewer shows them, from the header. ``ValueError`` names an unreadable file."""
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as opened:
             turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return opened.size[::-1] if turned else opened.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

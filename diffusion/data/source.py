@@ -5,7 +5,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion import rng
-from diffusion.data.pixels import read_size
+from diffusion.data.pixels import View, read_pixels, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SOURCES = ("auto", "metadata", "txt", "folder", "file")
@@ -30,11 +31,21 @@ class Picture:
     group: str
     weight: float  # how often it is drawn, in relation to the others
     id: int  # a function of the file name alone: adding a picture changes no other picture's draws
+    content: bytes | None = field(default=None, repr=False)  # of a picture that is no file of its own
 
     @property
     def text(self) -> str:
         """The first caption."""
         return self.texts[0]
+
+    @cached_property
+    def sides(self) -> tuple[int, int]:
+        """Width and height as a viewer shows them."""
+        return read_size(self.file, self.content)
+
+    def pixels(self, view: View | int) -> npt.NDArray[np.uint8]:
+        """``(height, width, 3)`` uint8 sRGB; ValueError names a file that cannot be read."""
+        return read_pixels(self.file, view, self.content)
 
 
 def read_folder(
@@ -72,12 +83,8 @@ def leave_out_small(
 
     ``shape_of`` gives the shape (width, height) for a picture's sides; without it all are squares of ``size``.
     """
-    small = {}
-    for picture in pictures:
-        width, height = sides = read_size(picture.file)
-        across, down = (size, size) if shape_of is None else shape_of(sides)
-        if width < across or height < down:
-            small[str(picture.file)] = f"{width}x{height} is smaller than {across}x{down}"
+    reasons = ((str(picture.file), too_small(picture, size, shape_of)) for picture in pictures)
+    small = {file: reason for file, reason in reasons if reason is not None}
     kept = [picture for picture in pictures if str(picture.file) not in small]
     if pictures and not kept:
         raise ValueError(
@@ -86,13 +93,26 @@ def leave_out_small(
     return kept, small
 
 
+def too_small(
+    picture: Picture, size: int, shape_of: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+) -> str | None:
+    """The reason why a picture would have to be enlarged, if it would."""
+    across, down = (size, size) if shape_of is None else shape_of(picture.sides)
+    fits = picture.sides[0] >= across and picture.sides[1] >= down
+    return None if fits else f"{picture.sides[0]}x{picture.sides[1]} is smaller than {across}x{down}"
+
+
 def hold_out(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
     """(to train on, held out): by name, so that a picture stays on its side when others come and go."""
-    draws = rng.uniform(0, "hold_out", [picture.id for picture in pictures], size=1)[:, 0]
-    sides = [[p for p, draw in zip(pictures, draws, strict=True) if (draw < share) == held] for held in (False, True)]
+    sides = [[p for p in pictures if is_held_out(p, share) == held] for held in (False, True)]
     if not sides[0]:
         raise ValueError(f"data.hold_out {share} holds out all {len(pictures)} pictures")
     return sides[0], sides[1]
+
+
+def is_held_out(picture: Picture, share: float) -> bool:
+    """Whether a picture is in the share that is never trained on; a function of its name."""
+    return bool(rng.uniform(0, "hold_out", picture.id, size=1)[0] < share)
 
 
 def group_weights(pictures: Sequence[Picture], power: float) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ What train writes, generate reads with no flags, and ``StableDiffusionPipeline.f
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,16 @@ def save_network(network: Any, folder: Path, dtype: torch.dtype | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     config(folder)
     weights = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
-    save_file(weights, folder / name, metadata={"format": "pt"})
+    part = folder / f".{name}.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    part.chmod(0o666 & ~_umask())  # the library writes it for its owner alone
+    part.replace(folder / name)  # never into a file that someone has mapped into memory
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -5,10 +5,12 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
@@ -34,9 +36,49 @@ def build_text_encoder(arguments: dict[str, Any], tokenizer: CLIPTokenizer) -> C
     return CLIPTextModel(_build(CLIPTextConfig, {**fitted, **arguments}))
 
 
+def unsharded(network: Any) -> Any:
+    """The network itself, or a whole copy of it on the CPU if it is sharded: on the first process, else None.
+
+    All processes call this together.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network
+    weights = {name: _whole(tensor).cpu() for name, tensor in network.state_dict().items()}
+    if dist.get_rank() != 0:
+        return None
+    copy = (
+        type(network).from_config(network.config) if hasattr(network, "from_config") else type(network)(network.config)
+    )
+    copy.load_state_dict(weights)
+    return copy.eval()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def spatial_factor(vae: AutoencoderKL) -> int:
     """Pixels per latent cell along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(B, C, h, w)`` of the posterior of pixels ``(B, 3, H, W)``."""
+    posterior = vae.encode(pixels.to(vae.device)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def to_latents(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels ``(B, 3, H, W)`` on the scale that the U-Net sees, float32.
+
+    Outside of any autocast: what is encoded at every visit equals what is encoded once and kept.
+    """
+    with torch.autocast(vae.device.type, enabled=False):
+        mean, std = encode_pixels(vae, pixels)
+    shift = vae.config.shift_factor
+    scale = vae.config.scaling_factor
+    return (mean.float() - (0.0 if shift is None else shift)) * scale, std.float() * scale
 
 
 @torch.inference_mode()

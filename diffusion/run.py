@@ -1,0 +1,279 @@
+"""A run's folder: what is read when it starts, and what is written while it goes."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion import checkpoint, optimizers, report, tasks, validation
+from diffusion import config as configs
+from diffusion.checkpoint import Checkpoint
+from diffusion.config import Config
+from diffusion.data.feed import Feed
+from diffusion.ema import Ema
+from diffusion.images import make_grid
+from diffusion.plan import learning_rate
+
+
+@dataclass
+class Run:
+    """All processes call all of it in step; one of them, ``accelerator.is_main_process``, writes and speaks."""
+
+    config: Config
+    task: tasks.Task
+    accelerator: Any  # accelerate.Accelerator, whose only home is the loop
+    gather: Callable[[Any], list[Any]]  # one plain value a process -> all of them, on each
+    optimizer: Any
+    ema: Ema
+    feed: Feed
+    pictures: int | None  # how many are trained on, where that is known
+    probes: dict[str, validation.Probe]
+
+    def __post_init__(self) -> None:
+        self.folder = self.config.folder
+        self.main = bool(self.accelerator.is_main_process)
+        self.stop = False
+        self.saved_at = self.logged_at = time.monotonic()
+        self.losses: list[Tensor] = []
+        self.warned = False
+        self.checkpointed = -1
+        self.history = validation.History(self.folder / "validation.jsonl")
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
+
+    # --- beginning and end
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one. Returns the step to go on with."""
+        path = checkpoint.latest(self.folder / "checkpoints")
+        if path is None:
+            self._forget_after(0)  # a run that was killed before its first checkpoint has left its metrics
+            return 0
+        found = checkpoint.read(path, self._alike)
+        self.task.module.load_state_dict(dict(found.tensors["weights"]))
+        for name, weight in self.ema.weights.items():
+            weight.copy_(found.tensors["ema"][name])
+        optimizers.load_state(
+            self.optimizer, self.task.module, found.tensors["optimizer"], found.state.get("optimizer", ())
+        )
+        if self.accelerator.scaler is not None and "scaler" in found.state:
+            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+        self.feed.load(found.state.get("feeds", ()))
+        self.checkpointed = found.state["step"]
+        self._forget_after(self.checkpointed)
+        self.say(f"resuming {self.folder} at step {self.checkpointed}")
+        return self.checkpointed
+
+    def steps(self, first: int, quiet: bool) -> Iterator[int]:
+        """The steps to do, with a progress bar; ends early, at a step's end, on SIGTERM or Ctrl-C."""
+        total = self.config.train.steps
+        with (
+            _signals(self._interrupt),
+            tqdm(total=total, initial=first, unit="step", disable=quiet, smoothing=0.02) as self.bar,
+        ):
+            for step in range(first, total):
+                yield step
+                self.bar.update()
+                if self._any(self.stop):
+                    self.save(step + 1)
+                    self.say(f"stopped after step {step + 1}; the same command goes on from there")
+                    raise KeyboardInterrupt
+        self.save(total)
+
+    # --- after each step
+
+    def check_finite(self, step: int, loss: Tensor, norm: Tensor | None, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Stop before the update if the loss or the gradient is not finite on any process; the state is saved.
+
+        ``seen`` holds the ids and losses, shape ``(B,)``, of the step's micro-batches, to name the pictures. Gradients
+        of fp16 overflow now and then: the scaler then passes over the step by itself.
+        """
+        unscaled = norm is not None and self.accelerator.scaler is None
+        finite = bool(torch.isfinite(loss)) and (not unscaled or bool(torch.isfinite(norm)))  # type: ignore[arg-type]
+        if not self._any(not finite):
+            return
+        self.save(step)
+        ids, losses = (torch.cat(parts).tolist() for parts in zip(*seen, strict=True))
+        culprits = {i for i, one in zip(ids, losses, strict=True) if not math.isfinite(one)} or set(ids)
+        files = self.feed.files(culprits)
+        raise FloatingPointError(
+            f"step {step}: the loss or its gradient is not finite; nothing was updated, and {self.folder} holds "
+            f"the state before it. Lower train.lr, set train.precision=fp32, or look at {', '.join(files[:8])}"
+            + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        )
+
+    def finish_step(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Whatever is due after an update: metrics, validation, samples, a checkpoint."""
+        t, done = self.config.train, step + 1
+        self.losses.append(loss)
+        if done % t.log_every == 0:
+            self._log(done, norm)
+        if t.validate_every and (done % t.validate_every == 0 or done == t.steps):
+            self.validate(done)
+        if t.sample_every and done % t.sample_every == 0 and done < t.steps:
+            self.export(done)
+        if self._any(time.monotonic() - self.saved_at > 60 * t.checkpoint_minutes):
+            self.save(done)
+
+    def save(self, step: int) -> None:
+        """A checkpoint of the state after ``step`` optimizer steps."""
+        if step == self.checkpointed:
+            return
+        groups = {
+            "weights": self.task.module.state_dict(),
+            "ema": self.ema.weights,
+            "optimizer": optimizers.state_tensors(self.optimizer, self.task.module),
+        }
+        feeds = self.gather(self.feed.state())
+        state = {"step": step, "optimizer": optimizers.state_numbers(self.optimizer), "feeds": feeds}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.main or checkpoint.is_sharded(groups):
+            keep = (self.config.train.keep_last, self.config.train.keep_every)
+            checkpoint.write(self.folder / "checkpoints", step, Checkpoint(groups, state), *keep)
+        if self.main:
+            self.feed.write_coverage(self.folder / "coverage.jsonl", step * self.config.train.batch_size, feeds)
+        self.accelerator.wait_for_everyone()
+        self.saved_at, self.checkpointed = time.monotonic(), step
+
+    def export(self, step: int) -> None:
+        """The model folder and a sample grid, from the averaged weights."""
+        with self._shipped():
+            finished = self.task.gathered()
+            if finished is not None and self.main:
+                finished.save(self.folder / "model", torch.bfloat16)
+                self._show(step, make_grid(finished.samples(), columns=8))
+        self.accelerator.wait_for_everyone()
+
+    def _show(self, step: int, grid: Image.Image) -> None:
+        """Samples, the model's card and the report."""
+        (self.folder / "samples").mkdir(exist_ok=True)
+        grid.save(self.folder / "samples" / f"step-{step:08d}.png")
+        recipe = self.folder / "model" / "recipe.json"
+        if recipe.is_file():
+            facts = json.loads(recipe.read_text(encoding="utf-8"))
+            report.write_card(recipe.parent, self.config.name, facts, configs.dump(self.config), grid)
+        self.report()
+
+    def report(self) -> None:
+        """``report.html``, from what has been written so far."""
+        trained = sum(p.numel() for p in self.task.module.parameters() if p.requires_grad)
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        facts = {
+            "of steps": f"{self.config.train.steps:,}",
+            "pictures": "read as a stream" if self.pictures is None else f"{self.pictures:,}",
+            "trained weights": f"{trained:,}",
+            "hardware": f"{self.accelerator.num_processes} x {name}",
+            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "torch": torch.__version__,
+        }
+        report.write(self.folder, facts)
+
+    def validate(self, step: int) -> None:
+        """Losses on the probes, of the weights as they are and as they are shipped; the best model is kept."""
+        raw = self._measure()
+        with self._shipped():
+            shipped = self._measure() if self.config.train.ema > 0 else raw
+            losses = {name: {"raw": raw[name], "shipped": shipped[name]} for name in self.probes}
+            best = self.history.add(step, losses) if self.main else False
+            finished = self.task.gathered() if self._any(best) else None
+            if finished is not None and self.main:
+                finished.save(self.folder / "best", torch.bfloat16)
+        if self.main and (verdict := self.history.verdict()) is not None and not self.warned:
+            self.warned = True
+            self.say(verdict)
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self) -> dict[str, list[float]]:
+        module, size = self.task.module, self.config.train.batch_size
+        module.eval()
+        measured = {
+            name: probe.measure(module, self.accelerator.device, self.accelerator.autocast, size)
+            for name, probe in self.probes.items()
+        }
+        module.train()
+        return measured
+
+    @contextmanager
+    def _shipped(self) -> Iterator[None]:
+        """Within the block the module holds the weights that are shipped: the averaged ones, if there are."""
+        self.optimizer.eval()  # schedule-free averages in place; to others this is nothing
+        with self.ema.applied(self.task.module) if self.config.train.ema > 0 else nullcontext():
+            yield
+        self.optimizer.train()
+
+    # --- small print
+
+    def _log(self, done: int, norm: Tensor | None) -> None:
+        now, t = time.monotonic(), self.config.train
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        rate = len(self.losses) * t.batch_size / (now - self.logged_at)
+        self.losses, self.logged_at = [], now
+        row = {"step": done, "loss": loss, "lr": learning_rate(t, done - 1), "images_per_second": round(rate, 2)}
+        row |= {"grad_norm": norm.item()} if norm is not None else {}
+        self.bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{rate:.1f}")
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=done)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines written after the checkpoint: those steps are done again."""
+        file = self.folder / "metrics.jsonl"
+        if self.main and self.history.rows:
+            self.history.forget_after(step)
+        if self.main and file.is_file():
+            rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in rows if json.loads(line)["step"] <= step]
+            file.write_text("".join(kept), encoding="utf-8")
+
+    def _interrupt(self) -> None:
+        self.stop = True
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: all of them then act alike."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+
+    def _alike(self, name: str) -> Tensor | None:
+        """The parameter that a weight, an average or a piece of optimizer state of this name belongs to."""
+        return self._parameters.get(name, self._parameters.get(name.rpartition(".")[0]))
+
+    @cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.task.module.named_parameters())
+
+    def say(self, text: str) -> None:
+        """One line for a person, once."""
+        if self.main:
+            print(text, file=sys.stderr)
+
+
+@contextmanager
+def _signals(handler: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C call the handler instead of ending the process; a second Ctrl-C ends it at once."""
+
+    def handle(number: int, _frame: Any) -> None:
+        handler()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

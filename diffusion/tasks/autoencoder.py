@@ -1,0 +1,135 @@
+"""Learning pictures as latents: an autoencoder, or its decoder alone."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.config import Config, Loss
+from diffusion.data.dataset import Batch, PixelSet, to_tensor
+from diffusion.data.pixels import View
+from diffusion.data.source import Picture
+from diffusion.models import folder, networks
+from diffusion.models.group_norm import speed_up_group_norm
+from diffusion.models.networks import encode_pixels
+from diffusion.settings import find_model
+from diffusion.tasks.task import mean_of_each, probe_seed
+
+
+class ReconstructionLoss(nn.Module):
+    """KL-regularised reconstruction (Kingma & Welling 1312.6114; Rombach et al. 2112.10752, without the critic)."""
+
+    def __init__(self, vae: Any, weights: Loss) -> None:
+        super().__init__()
+        self.vae, self.weights = vae, weights
+
+    def forward(self, batch: Batch) -> Tensor:
+        w, x = self.weights, batch["pixels"].contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        latents = posterior.mean + posterior.std * batch["noise"]
+        error = (self.vae.decode(latents).sample - x).float()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+        return (
+            w.l1 * mean_of_each(error.abs())
+            + w.mse * mean_of_each(error.square())
+            + w.gradient * (mean_of_each(error.diff(dim=3).abs()) + mean_of_each(error.diff(dim=2).abs()))
+            + w.kl * mean_of_each(kl.float())
+        )
+
+
+class AutoencoderTask:
+    """Trains an ``AutoencoderKL`` on crops; what it saves has latents of zero mean and unit variance a channel.
+
+    With ``model.train_encoder: false`` the decoder alone learns on: latents stay what they were, and so does all that
+    was trained on them.
+    """
+
+    def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
+        if config.data.buckets:
+            raise ValueError("task autoencoder learns from square crops: set data.buckets=false")
+        self.size, self.background = config.data.size, config.data.background
+        self.pictures = pictures
+        self.vae = _autoencoder(config).to(device, memory_format=torch.channels_last).train()
+        self.train_encoder = config.model.train_encoder
+        if not self.train_encoder:
+            self.vae.requires_grad_(False)
+            self.vae.decoder.requires_grad_(True)
+            self.vae.post_quant_conv.requires_grad_(True)
+        self.network: nn.Module = self.vae
+        if not config.train.compile:
+            speed_up_group_norm(self.vae)
+        if config.train.gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
+        self.dataset = PixelSet(
+            pictures=pictures,
+            size=config.data.size,
+            crop=config.data.size if config.data.crop is None else config.data.crop,
+            seed=config.seed,
+            background=config.data.background,
+            latent_channels=self.vae.config.latent_channels,
+            factor=networks.spatial_factor(self.vae),
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.vae.parameters())
+
+    def example(self, count: int) -> Batch:
+        side, channels = self.dataset.crop, self.dataset.latent_channels
+        cells = side // self.dataset.factor
+        return {"pixels": torch.zeros(count, 3, side, side), "noise": torch.zeros(count, channels, cells, cells)}
+
+    def refuses(self, picture: Picture) -> str | None:
+        return None
+
+    def cache_note(self) -> str:
+        return "none: pixels are read as they are needed"
+
+    def probe(self, pictures: list[Picture]) -> PixelSet:
+        return dataclasses.replace(self.dataset, pictures=pictures, seed=probe_seed(self.dataset.seed))
+
+    def gathered(self) -> "AutoencoderTask | None":
+        vae = networks.unsharded(self.vae)
+        if vae is None:
+            return None
+        whole = copy.copy(self)
+        whole.vae = vae
+        return whole
+
+    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        vae = copy.deepcopy(self.vae).float()
+        if self.train_encoder:
+            latents = torch.cat([encode_pixels(vae, pixels)[0] for pixels in self._some(512).split(32)])
+            networks.normalize_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+        folder.save_network(vae, path / "vae", dtype)
+
+    def samples(self) -> list[Image.Image]:
+        """Pairs of a picture and its reconstruction."""
+        pixels = self._some(16)
+        with torch.inference_mode():
+            decoded = self.vae.decode(encode_pixels(self.vae, pixels)[0]).sample.cpu()
+        return networks.to_images(torch.stack([pixels, decoded], dim=1).flatten(0, 1))
+
+    def _some(self, count: int) -> Tensor:
+        """At most ``count`` pictures, evenly spaced over the set."""
+        chosen = self.pictures[:: max(1, len(self.pictures) // count)][:count]
+        view = View(width=self.size, height=self.size, background=self.background)
+        return to_tensor(np.stack([picture.pixels(view) for picture in chosen]))
+
+
+def _autoencoder(config: Config) -> Any:
+    """A new autoencoder, or that of ``model.base`` to go on from."""
+    m = config.model
+    if (m.vae is None) == (m.base is None):
+        raise ValueError("task autoencoder needs model.vae, the arguments of the AutoencoderKL to build, or model.base")
+    if m.vae is not None and not m.train_encoder:
+        raise ValueError("model.train_encoder: false needs a trained encoder: name its folder in model.base")
+    if m.vae is not None:
+        return networks.build_autoencoder(m.vae)
+    base = Path(str(m.base))
+    return folder.load_vae(base if (base / "vae").is_dir() else find_model(base))
