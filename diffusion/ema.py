@@ -1,6 +1,6 @@
 """Exponential moving average of weights, in a few fused calls."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,12 +35,16 @@ class Ema:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Within the block the module holds the averaged weights; afterwards its own, whatever happened."""
-        live: list[Tensor] = [p for n, p in module.named_parameters() if n in self.weights]
-        own = [parameter.detach().clone() for parameter in live]
+        live = {n: p for n, p in module.named_parameters() if n in self.weights}
+        own = {name: parameter.detach().clone() for name, parameter in live.items()}
         try:
-            with torch.no_grad():
-                torch._foreach_copy_(live, list(self.weights.values()))
+            _copy(self.weights, live)
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(live, own)
+            _copy(own, live)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])

@@ -90,6 +90,12 @@ def share(config: Config, process: int, processes: int) -> Share:
     )
 
 
+def portions(share: Share) -> str:
+    """How a batch is split, for a person."""
+    processes = "1 process" if share.processes == 1 else f"{share.processes} processes"
+    return f"{processes} x {share.micro_batch} pictures x {share.accumulation} accumulated"
+
+
 def learning_rate(train: Train, step: int) -> float:
     """Linear warm-up to the peak, then constant, a half cosine or a line to zero at the last step."""
     if step < train.warmup:
@@ -117,8 +123,7 @@ def describe(config: Config, processes: int) -> str:
         else f"{len(source.shards.urls):,} shards, in {source.shards.lanes} lanes",
         "left out": source.note() or "none",
         "steps": f"{t.steps:,} of {t.batch_size} pictures{epochs}",
-        "batch": f"{processes} processes x {portion.micro_batch} pictures x "
-        f"{t.batch_size // portion.micro_batch // processes} accumulated",
+        "batch": portions(portion),
         "weights": f"{trained:,} trained of {total:,}",
         "memory": f"{state / 2**30:.2f} GiB a process for weights, gradients, {t.optimizer} and averages, "
         f"{kept * portion.micro_batch / 2**30:.2f} GiB for what a micro-batch keeps (in fp32)",
@@ -152,7 +157,7 @@ def _read_shards(config: Config) -> Source:
         urls=find_shards(data.path),
         seed=config.seed,
         batch_size=config.train.batch_size,
-        refuse=lambda picture: None if data.upscale else too_small(picture, data.size),
+        refuse=partial(_refuses, data),
         held_out=lambda picture: data.hold_out > 0 and is_held_out(picture, data.hold_out),
     )
     pictures = stream.sample(SAMPLE, held_out=False)
@@ -160,6 +165,15 @@ def _read_shards(config: Config) -> Source:
         raise ValueError(f"{data.path}: no picture with a caption of at least {data.size}x{data.size} in any shard")
     held_out = stream.sample(config.train.validate_pictures, held_out=True) if data.hold_out > 0 else []
     return Source(pictures=pictures, held_out=held_out, left_out={}, shards=stream)
+
+
+def _refuses(data: Data, picture: Picture) -> str | None:
+    """Why a picture cannot be used, if it cannot; what is decoded to see it is kept with it."""
+    try:
+        picture.image(data.background)
+    except ValueError as error:
+        return str(error)
+    return None if data.upscale else too_small(picture, data.size)
 
 
 def _order(config: Config, pictures: list[Picture]) -> Visits:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from diffusion import checkpoint, optimizers, report, tasks, validation
@@ -205,6 +206,9 @@ class Run:
             for name, probe in self.probes.items()
         }
         module.train()
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # a backward pass does so, and there was none
         return measured
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
 
 from diffusion import memory, optimizers, plan, tasks, validation
@@ -53,10 +53,10 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     pictures = len(source.pictures) if source.shards is None else None
     run = Run(config, task, accelerator, _gather, optimizer, ema, feed, pictures, probes)
     first = run.resume()
+    run.say(f"{plan.portions(share)}; steps {first:,} to {config.train.steps:,} of {config.name}")
     if config.train.log_with:
         accelerator.init_trackers(config.name)
     batches = feed.batches(task.dataset, first, config.train.steps, share)
-    accumulation = config.train.batch_size // (share.micro_batch * share.processes)
     trainable = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     module.train()
     optimizer.train()
@@ -68,12 +68,12 @@ def train(config: Config, *, quiet: bool = False) -> Path:
 
         # gradients: the mean over the whole batch, however it is split
         loss, seen = torch.zeros((), device=accelerator.device), []
-        for micro in range(accumulation):
+        for micro in range(share.accumulation):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
-            last = micro == accumulation - 1
+            last = micro == share.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
                 losses = module(batch)
-                part = losses.mean() / accumulation
+                part = losses.mean() / share.accumulation
             accelerator.backward(part)
             loss += part.detach()
             seen.append((batch["id"], losses.detach()))
@@ -95,13 +95,15 @@ def train(config: Config, *, quiet: bool = False) -> Path:
 
 def describe(config: Config) -> str:
     """What ``train`` would do, without doing any of it: a few lines of text."""
-    return plan.describe(config, PartialState().num_processes)
+    return plan.describe(config, _processes().num_processes)
 
 
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer_of: Callable[[nn.Module], Any]
 ) -> tuple[nn.Module, Any]:
     """The module and its optimizer, wrapped for as many processes as there are."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        module.to(memory_format=torch.contiguous_format)  # the only layout that can be sharded
     return accelerator.prepare(module, optimizer_of(module))
 
 
@@ -126,6 +128,11 @@ def _fitting(config: Config, task: tasks.Task, accelerator: Accelerator, share: 
     return dataclasses.replace(share, micro_batch=micro)
 
 
+def _processes() -> PartialState:
+    """The processes of this run. Those of a launcher would be strangers on a machine without a GPU if it were not said."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def _gather(value: Any) -> list[Any]:
     """What each process has, on all of them."""
     return list(gather_object([value]))
@@ -142,7 +149,7 @@ def _compile(task: tasks.Task, accelerator: Accelerator, loss: Callable[[], Tens
 
 
 def _accelerator(config: Config) -> Accelerator:
-    train, device = config.train, PartialState().device
+    train, device = config.train, _processes().device
     for name in train.log_with:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"train.log_with {name} is not installed: pip install {name}, or leave it out")
@@ -152,6 +159,7 @@ def _accelerator(config: Config) -> Accelerator:
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     AcceleratorState._reset_state()  # it keeps the first run's precision for the life of the process
     return Accelerator(
+        cpu=device.type == "cpu",
         mixed_precision=precision,
         kwargs_handlers=handlers,
         log_with=[str(name) for name in train.log_with] or None,

@@ -118,18 +118,19 @@ def stop_and_go_on(run, monkeypatch, stop_after):
     trainer.train(run, quiet=True)
 
 
-def command(home, run, processes=1):
+def command(home, run, processes=1, script=ROOT / "train.py"):
     """The command line that trains a run, and its environment."""
     file = home / f"{run.name}.yaml"
     file.write_text(config.dump(run))
-    words = [str(ROOT / "train.py"), str(file)]
+    words = [str(script), str(file)]
     if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-        words = [*launch, "--num_processes", str(processes), "--dynamo_backend", "no", *words]
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
+        words = [*launch, "--main_process_port", "0", "--num_processes", str(processes), *words]
     return [sys.executable, *words], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def train_with(home, run, processes):
-    words, environment = command(home, run, processes)
+def train_with(home, run, processes, script=ROOT / "train.py"):
+    words, environment = command(home, run, processes, script)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{processes} process{'es' if processes > 1 else ''} x {8 // processes} pictures" in done.stderr

@@ -141,7 +141,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, ca
     kept = len(hold_out(read_folder(home), 0.3)[0])
     assert said["pictures"] == f"{kept} to train on, {10 - kept} held out"
     assert said["steps"] == f"60 of 8 pictures, {60 * 8 / kept:.1f} epochs"
-    assert said["batch"] == "1 processes x 2 pictures x 4 accumulated"
+    assert said["batch"] == "1 process x 2 pictures x 4 accumulated"
     assert f"0 of {kept} views there" in said["cache"]
     assert cli(["train", str(straight / "config.yaml"), "--dry-run"]) == 0
     said = capsys.readouterr().out

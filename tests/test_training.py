@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -10,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from diffusion import TextToImage, config, optimizers, plan, trainer
+from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, tasks, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
@@ -342,3 +344,88 @@ def test_ema_may_take_many_steps_at_once():
             average.update(module, step)
     assert averages[0].weights["weight"].item() == pytest.approx(1 - 0.9**8)
     assert averages[1].weights["weight"].item() == pytest.approx(1 - 0.9**8)
+
+
+def frozen(home, name, **data):
+    """A run that trains the U-Net of a finished model, with captions that can be counted."""
+    run = denoiser(home, name)
+    run.model.base = str(home / "runs/straight/model")
+    run.model.autoencoder = run.model.tokenizer = run.model.text_encoder = run.model.unet = None
+    run.data.captions.keywords, run.data.captions.fillers = 0.0, []
+    run.data.captions.templates = ["{}", "a {}"]
+    for field, value in data.items():
+        setattr(run.data, field, value)
+    return run
+
+
+def test_what_is_encoded_once_equals_what_is_encoded_at_every_visit(home, straight):
+    kept, live = frozen(home, "kept", flip=True, crops=2), frozen(home, "live", flip=True, crops=2, cache=False)
+    for run in (kept, live):
+        trainer.train(run, quiet=True)
+    assert metrics(live.folder) == pytest.approx(metrics(kept.folder), rel=1e-5)
+    batch = tasks.build(kept, read_folder(home), torch.device("cpu")).dataset.__getitems__([(0, 0), (1, 0)])
+    assert batch["context"].shape == (2, 12, 16)
+    assert "tokens" not in batch
+    assert "40 of 40 views there, 21 of 21 captions" in trainer.describe(kept), (
+        "2 flips x 2 crops; 2 templates and none"
+    )
+
+
+def test_captions_are_encoded_again_when_they_or_their_encoder_change(home, straight, monkeypatch):
+    run = frozen(home, "recaptioned")
+    run.output = str(home / "runs-captions")
+    trainer.train(run, quiet=True)
+    run.data.captions.trigger = "sks"
+    assert "1 of 21 captions" in trainer.describe(run), "the empty one"
+    run.data.captions.trigger = ""
+    other = config.validate(json.loads(json.dumps(dataclasses.asdict(run))))
+    other.model.base = str(home / "runs-captions/recaptioned/model")
+    assert "21 of 21 captions" in trainer.describe(other), "the text encoder was frozen: it is the same"
+
+
+def test_auto_batch_takes_what_fits_and_changes_nothing(home, straight, monkeypatch, capsys):
+    run = denoiser(home, "fitted", auto_batch=True)
+    state, _, _ = plan.state_bytes(tasks.build(run, read_folder(home), torch.device("cpu")), run.train)
+    task = tasks.build(run, read_folder(home), torch.device("cpu"))
+    one, two = (memory.saved_bytes(lambda n=n: task.module(task.example(n)).mean()) for n in (1, 2))
+    assert 1.8 < two / one < 2.2
+    monkeypatch.setattr(memory, "free_bytes", lambda device: state + int(2.6 * one))
+    trainer.train(run, quiet=True)
+    assert "auto_batch: 2 pictures at a time of 8 a step" in capsys.readouterr().err
+    assert metrics(run.folder) == pytest.approx(metrics(straight), rel=1e-5)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    assert memory.largest_micro_batch(8, lambda n: task.module(task.example(n)).mean(), torch.device("cpu"), 0) == 1
+
+
+def test_trap_13_sharded_weights_are_saved_and_read_by_any_number_of_processes(home, straight):
+    """Rank-0-only saves hang under FSDP: here all processes write their part."""
+    script = str(Path(__file__).with_name("sharded_train.py"))
+    first = denoiser(home, "sharded", steps=3, lr_schedule="constant", validate_every=3)
+    train_with(home, first, 2, script)
+    stored = checkpoint.latest(first.folder / "checkpoints")
+    parts = sorted(file.name for file in (stored / "weights").iterdir())
+    assert len(parts) == 2, "one file a process"
+    whole = denoiser(home, "unsharded", steps=6, lr_schedule="constant", validate_every=3)
+    trainer.train(whole, quiet=True)
+    for processes, name in ((1, "sharded-then-whole"), (2, "sharded-on")):
+        run = denoiser(home, name, steps=6, lr_schedule="constant", validate_every=3)
+        shutil.copytree(first.folder, run.folder)
+        if processes == 1:
+            trainer.train(run, quiet=True)
+        else:
+            train_with(home, run, 2, script)
+        assert metrics(run.folder) == pytest.approx(metrics(whole.folder), rel=1e-5)
+        rows = [[json.loads(line) for line in (r.folder / "validation.jsonl").open()] for r in (run, whole)]
+        for mine, theirs in zip(*rows, strict=True):
+            assert mine["train"]["shipped"] == pytest.approx(theirs["train"]["shipped"], rel=1e-4)
+        pictures = [TextToImage.load(r.folder / "model")("red square", seed=1)[0] for r in (run, whole)]
+        assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in pictures), strict=True)) <= 8
+    back = denoiser(home, "whole-then-sharded", steps=6, lr_schedule="constant")
+    shutil.copytree(whole.folder, back.folder)
+    for step in ("step-00000006",):
+        shutil.rmtree(back.folder / "checkpoints" / step)
+    half = denoiser(home, "half", steps=3, lr_schedule="constant")
+    trainer.train(half, quiet=True)
+    shutil.copytree(half.folder / "checkpoints", back.folder / "checkpoints", dirs_exist_ok=True)
+    train_with(home, back, 2, script)
+    assert metrics(back.folder) == pytest.approx(metrics(whole.folder), rel=1e-5)

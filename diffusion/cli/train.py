@@ -1,7 +1,9 @@
 """``diffusion train CONFIG.yaml [key=value ...]``: train a model, or go on where the run of that name stopped."""
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 USAGE = """usage: train.py CONFIG.yaml [--dry-run] [key=value ...]
 
@@ -26,16 +28,23 @@ def run(argv: Sequence[str]) -> int:
         settings = config.load(argv[0] if argv else "", _overrides(argv[1:]))
         from diffusion import trainer
 
-        print(trainer.describe(settings) if dry_run else trainer.train(settings))
+        said = trainer.describe(settings) if dry_run else trainer.train(settings)
+        _say(said, sys.stdout)
     except ValueError as error:
-        print("\n".join(f"train.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        _say("\n".join(f"train.py: {line}" for line in str(error).splitlines()), sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except (FloatingPointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        _say(f"train.py: {error}", sys.stderr)
         return 1
     return 0
+
+
+def _say(text: object, stream: TextIO) -> None:
+    """Of several processes the first one speaks; what only another one knows ends the others through the launcher."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream)
 
 
 def _overrides(words: Sequence[str]) -> list[str]:

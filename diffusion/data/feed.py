@@ -29,6 +29,11 @@ class Share:
     processes: int = 1
     workers: int = 0
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one process a step."""
+        return self.batch_size // (self.micro_batch * self.processes)
+
 
 class Feed(Protocol):
     """An endless sequence of batches, of which step s has the same ones whoever computes them."""

@@ -1,12 +1,14 @@
 """Decode a picture as it is meant to look: sRGB, upright, on a background, cropped to a shape."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # an explicit list: no format that runs code or calls a program
 
@@ -25,31 +27,44 @@ class View:
     flip: bool = False
 
 
-def read_pixels(file: Path, view: View | int, content: bytes | None = None) -> npt.NDArray[np.uint8]:
+def read_pixels(file: Path, view: View | int) -> npt.NDArray[np.uint8]:
     """A picture as ``(height, width, 3)`` uint8 sRGB; a number is the side of a square on white.
 
-    Of an animation the first frame. ``content`` is what the file holds, where it is no file of its own. ``ValueError``
-    names a file that cannot be read.
+    Of an animation the first frame. ``ValueError`` names a file that cannot be read.
     """
     view = View(width=view, height=view) if isinstance(view, int) else view
-    try:
-        with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as opened:
-            image = to_rgb(opened, view.background)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
+    return look(read_rgb(file, view.background), view)
+
+
+def read_rgb(file: Path, background: str = "white", content: bytes | None = None) -> Image.Image:
+    """The whole picture; ``content`` is what the file holds, where it is no file of its own. ValueError names it."""
+    with _opened(file, content) as opened:
+        return to_rgb(opened, background)
+
+
+def read_size(file: Path, content: bytes | None = None) -> tuple[int, int]:
+    """Width and height as a viewer shows them, from the header. ``ValueError`` names an unreadable file."""
+    with _opened(file, content) as opened:
+        turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return opened.size[::-1] if turned else opened.size
+
+
+def look(image: Image.Image, view: View) -> npt.NDArray[np.uint8]:
+    """What a view shows of a picture, ``(height, width, 3)`` uint8."""
     if image.size != (view.width, view.height):
         centering = (view.place, view.place)
         image = ImageOps.fit(image, (view.width, view.height), Image.Resampling.LANCZOS, centering=centering)
     return np.array(ImageOps.mirror(image) if view.flip else image)
 
 
-def read_size(file: Path, content: bytes | None = None) -> tuple[int, int]:
-    """Width and height as a viewer shows them, from the header. ``ValueError`` names an unreadable file."""
+@contextmanager
+def _opened(file: Path, content: bytes | None) -> Iterator[Image.Image]:
     try:
         with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as opened:
-            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return opened.size[::-1] if turned else opened.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            yield opened
+    except UnidentifiedImageError:
+        raise ValueError(f"{file}: cannot be read as a picture (none of {', '.join(FORMATS)})") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: cannot be read as a picture ({error})") from None
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from diffusion import rng
-from diffusion.data.pixels import View, read_pixels, read_size
+from diffusion.data.pixels import View, look, read_rgb, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SOURCES = ("auto", "metadata", "txt", "folder", "file")
@@ -32,6 +33,7 @@ class Picture:
     weight: float  # how often it is drawn, in relation to the others
     id: int  # a function of the file name alone: adding a picture changes no other picture's draws
     content: bytes | None = field(default=None, repr=False)  # of a picture that is no file of its own
+    decoded: dict[str, Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def text(self) -> str:
@@ -45,7 +47,16 @@ class Picture:
 
     def pixels(self, view: View | int) -> npt.NDArray[np.uint8]:
         """``(height, width, 3)`` uint8 sRGB; ValueError names a file that cannot be read."""
-        return read_pixels(self.file, view, self.content)
+        view = View(width=view, height=view) if isinstance(view, int) else view
+        return look(self.image(view.background), view)
+
+    def image(self, background: str) -> Image.Image:
+        """The whole picture, decoded. One that is no file of its own passes through once, and keeps it."""
+        if self.content is None:
+            return read_rgb(self.file, background)
+        if background not in self.decoded:
+            self.decoded[background] = read_rgb(self.file, background, self.content)
+        return self.decoded[background]
 
 
 def read_folder(
