@@ -103,7 +103,7 @@ def prepare(
 ) -> tuple[nn.Module, Any]:
     """The module and its optimizer, wrapped for as many processes as there are."""
     if accelerator.distributed_type == DistributedType.FSDP:
-        module.to(memory_format=torch.contiguous_format)  # the only layout that can be sharded
+        module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the only one to shard
     return accelerator.prepare(module, optimizer_of(module))
 
 
@@ -129,7 +129,7 @@ def _fitting(config: Config, task: tasks.Task, accelerator: Accelerator, share: 
 
 
 def _processes() -> PartialState:
-    """The processes of this run. Those of a launcher would be strangers on a machine without a GPU if it were not said."""
+    """The processes of this run; on a machine without a GPU those of a launcher are only found if one says so."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 

@@ -52,7 +52,7 @@ def test_the_stage_of_a_killed_process_is_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing manifest", "missing file", "flipped byte", "truncated"])
-def test_a_damaged_checkpoint_does_not_exist(tmp_path, damage):
+def test_trap_19_a_damaged_checkpoint_does_not_exist(tmp_path, damage):
     good, bad = checkpoint.write(tmp_path, 1, some(1.0)), checkpoint.write(tmp_path, 2, some(2.0))
     file = bad / "weights.safetensors"
     if damage == "missing manifest":

@@ -142,7 +142,7 @@ def test_the_ledger_counts_every_visit(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("content", [b"not a picture", b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_a_broken_picture_is_named(tmp_path, content):
+def test_trap_22_a_broken_picture_is_named(tmp_path, content):
     (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.png"):
         read_pixels(tmp_path / "bad.png", 8)
@@ -167,7 +167,7 @@ def pixel_of(image, tmp_path, suffix="png", background="white", **options):
         ("I;16", 700, {"transparency": 700}),
     ],
 )
-def test_colours_under_transparency_stay_hidden(tmp_path, mode, colour, options):
+def test_trap_16_colours_under_transparency_stay_hidden(tmp_path, mode, colour, options):
     picture = Image.new(mode, (8, 8), colour)
     assert pixel_of(picture, tmp_path, **options) == [255, 255, 255]
     assert pixel_of(picture, tmp_path, background="#102030", **options) == [16, 32, 48]
@@ -285,7 +285,8 @@ def test_any_split_of_a_batch_covers_the_same_visits(processes, micro):
         assert Counter(mine) == Counter(order.visits((step + 2) * 8, (step + 3) * 8))
 
 
-def test_caption_choice(folder):
+def test_trap_06_captions_are_chosen_and_dropped_anew_at_every_visit(folder):
+    """Drawn once when captions are cached, and frozen."""
     picture = read_folder(folder)[3]
 
     def choose(visit, **shares):
@@ -448,7 +449,7 @@ def test_bucket_shapes_have_about_one_area():
         shapes(500, 64)
 
 
-def test_a_bucket_is_filled_without_stretching(tmp_path):
+def test_trap_24_a_bucket_is_filled_without_stretching(tmp_path):
     wide = Image.new("RGB", (200, 100), "white")
     wide.paste("black", (95, 45, 105, 55))  # a square in the middle
     wide.save(tmp_path / "wide.png")
@@ -462,7 +463,7 @@ def test_a_bucket_is_filled_without_stretching(tmp_path):
 SHAPES = [(8, 8)] * 7 + [(8, 4)] * 4 + [(4, 8)]
 
 
-def test_each_batch_holds_one_shape_and_nothing_is_dropped():
+def test_trap_17_each_batch_holds_one_shape_and_no_leftover_is_dropped():
     order = BucketOrder(0, np.full(12, 1 / 12), SHAPES, 8)
     visits = order.visits(0, 8 * 600)
     for start in range(0, len(visits), 8):

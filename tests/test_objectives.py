@@ -80,7 +80,7 @@ def test_min_snr_is_the_weight_of_x0_seen_through_the_prediction(prediction: str
 
 
 @pytest.mark.parametrize(("prediction", "offset"), [("epsilon", 0), ("v_prediction", 1)])
-def test_min_snr_is_that_of_the_diffusers_training_scripts(prediction: str, offset: int) -> None:
+def test_trap_10_min_snr_is_right_for_every_prediction(prediction: str, offset: int) -> None:
     scheduler, t = DDPMScheduler(), torch.arange(1000)
     snr = compute_snr(scheduler, t)
     alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
@@ -92,7 +92,7 @@ def test_min_snr_is_that_of_the_diffusers_training_scripts(prediction: str, offs
     ("prediction", "clean", "noise"),
     [("epsilon", 0, 1), ("v_prediction", 0, 0), ("sample", 5, 0), ("flow", 0, 0)],
 )
-def test_min_snr_at_the_ends_is_its_limit(prediction: str, clean: float, noise: float) -> None:
+def test_trap_10_min_snr_is_finite_at_zero_terminal_snr(prediction: str, clean: float, noise: float) -> None:
     weight = loss_weight("min_snr", prediction, f64(1, 0), f64(0, 1), gamma=5.0)
     assert weight.tolist() == [clean, noise]
     near = loss_weight("min_snr", prediction, f64(1, 1e-6), f64(1e-6, 1), gamma=5.0)

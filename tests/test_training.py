@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, tasks, trainer
+from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, rng, tasks, trainer
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
 from diffusion.data.pixels import read_pixels
 from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
-from diffusion.models.folder import load_vae
+from diffusion.models import networks, text
+from diffusion.models.folder import load_vae, save_network
 from diffusion.models.networks import encode_pixels
 from diffusion.tasks.text_to_image import DenoisingLoss
 from runs import (
@@ -73,13 +75,16 @@ def test_what_train_writes_generate_reads(straight):
     assert config.load(straight / "config.yaml").folder == straight
 
 
-@pytest.mark.parametrize("stop_after", [1, 4])
-def test_a_stopped_run_that_goes_on_is_bit_for_bit_the_run_that_never_stopped(home, straight, monkeypatch, stop_after):
-    run = denoiser(home, f"stopped-{stop_after}")
+@pytest.mark.parametrize(("stop_after", "micro_batch"), [(1, None), (4, None), (3, 2)])
+def test_trap_02_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(home, monkeypatch, stop_after, micro_batch):
+    """Resuming skips the wrong data, replays the first epoch, or skips too much with accumulation."""
+    whole = denoiser(home, f"whole-{micro_batch}", micro_batch=micro_batch)
+    trainer.train(whole, quiet=True)
+    run = denoiser(home, f"stopped-{stop_after}", micro_batch=micro_batch)
     stop_and_go_on(run, monkeypatch, stop_after)
-    assert difference(weights(straight), weights(run.folder)) == 0
-    assert metrics(run.folder) == metrics(straight)
-    assert len(metrics(straight)) == 6
+    assert difference(weights(whole.folder), weights(run.folder)) == 0
+    assert metrics(run.folder) == metrics(whole.folder)
+    assert len(metrics(whole.folder)) == 6
 
 
 @pytest.mark.parametrize(
@@ -145,32 +150,70 @@ def test_accumulation_changes_nothing(home, straight):
     assert metrics(run.folder, "grad_norm") == pytest.approx(metrics(straight, "grad_norm"), rel=1e-4)
 
 
-def test_data_workers_change_nothing(home, straight):
+def test_trap_04_no_worker_has_random_state_of_its_own(home, straight):
+    """Random states of ranks and workers are saved for the main one alone, or not at all."""
     run = denoiser(home, "workers", workers=2)
     trainer.train(run, quiet=True)
     assert difference(weights(straight), weights(run.folder)) == 0
 
 
-def test_two_processes_agree_with_one_also_when_resumed_by_the_other(home):
-    def run(name, steps):
-        return denoiser(home, name, steps=steps, lr_schedule="constant")
+@pytest.fixture(scope="module")
+def pair(home):
+    """The folders of one run by one process, and by two that a second run of one resumes, and the other way round."""
 
-    whole = run("one_process", 20)
-    trainer.train(whole, quiet=True)
+    def run(name, steps):
+        return denoiser(home, name, steps=steps, warmup=4, lr_schedule="constant", validate_every=10)
+
+    folders = [run("one_process", 20).folder]
+    trainer.train(run("one_process", 20), quiet=True)
     for name, first, then in (("two_then_one", 2, 1), ("one_then_two", 1, 2)):
         train_with(home, run(name, 10), first)
         train_with(home, run(name, 20), then)
-        assert metrics(run(name, 20).folder) == pytest.approx(metrics(whole.folder), rel=1e-5)
-        assert metrics(run(name, 20).folder, "grad_norm") == pytest.approx(metrics(whole.folder, "grad_norm"), rel=1e-4)
-        together, apart = (weights(folder)["weights"] for folder in (whole.folder, run(name, 20).folder))
-        off = {k: ((together[k] - apart[k]).norm() / (1e-3 + together[k].norm())).item() for k in together}
-        # softmax cancels a bias of the keys: its gradient is rounding alone, of which Adam makes whole steps
-        assert {k: error for k, error in off.items() if error > 1e-5 and not k.endswith("k_proj.bias")} == {}
+        folders.append(run(name, 20).folder)
+    return folders
+
+
+def test_two_processes_agree_with_one_also_when_resumed_by_the_other(pair):
+    for folder in pair[1:]:
+        assert metrics(folder) == pytest.approx(metrics(pair[0]), rel=1e-5)
+        assert metrics(folder, "grad_norm") == pytest.approx(metrics(pair[0], "grad_norm"), rel=1e-4)
+        assert {name: error for name, error in apart(pair[0], folder, "weights").items() if error > 1e-5} == {}
+
+
+def apart(one, other, group):
+    """The relative distance of each tensor of two runs."""
+    mine, theirs = (weights(folder)[group] for folder in (one, other))
+    off = {name: ((mine[name] - theirs[name]).norm() / (1e-3 + mine[name].norm())).item() for name in mine}
+    # softmax cancels a bias of the keys: its gradient is rounding alone, of which Adam makes whole steps
+    return {name: error for name, error in off.items() if not name.endswith("k_proj.bias")}
+
+
+def test_trap_01_the_learning_rate_counts_optimizer_steps_whatever_the_number_of_processes(pair):
+    """Stepped once a process, the schedule runs as many times too fast."""
+    rates = [metrics(folder, "lr") for folder in pair]
+    assert rates[0] == rates[1] == rates[2]
+    assert rates[0][:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_trap_03_processes_draw_their_own_noise(pair, home):
+    """One seed on every rank makes identical noise on all of them: then the mean loss would be another one."""
+    assert metrics(pair[1])[:10] == pytest.approx(metrics(pair[0])[:10], rel=1e-5)
+    task = tasks.build(denoiser(home, "noise"), read_folder(home), torch.device("cpu"))
+    noise = task.dataset.__getitems__([(index, 0) for index in range(8)])["noise"].flatten(1)
+    assert len({tuple(row.tolist()) for row in noise}) == 8
+
+
+def test_trap_15_the_average_follows_on_every_process_and_the_weights_come_back(pair):
+    """An average that is not updated under DDP; averaged weights left in place after validating with them."""
+    for folder in pair[1:]:
+        assert {name: error for name, error in apart(pair[0], folder, "ema").items() if error > 1e-5} == {}
+    stored = weights(pair[1])
+    assert difference({"x": stored["ema"]}, {"x": {name: stored["weights"][name] for name in stored["ema"]}}) > 1e-4
 
 
 @pytest.mark.parametrize("split", [(4, 4), (2, 2, 2, 2), (1,) * 8])
-def test_gradients_do_not_depend_on_how_a_batch_is_split(home, split):
-    """In double precision, where only the order of sums is left to differ."""
+def test_trap_21_gradients_do_not_depend_on_how_a_batch_is_split(home, split):
+    """Accumulation normalised wrongly. In double precision only the order of sums is left to differ."""
     run = denoiser(home, "exact")
     pictures = read_folder(home)
     task = trainer.tasks.build(run, pictures, torch.device("cpu"))
@@ -242,7 +285,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(home, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.folder)["weights"].values())
 
 
-def test_captions_that_do_not_fit_are_refused_before_training(home):
+def test_trap_20_captions_that_do_not_fit_are_refused_before_training(home):
+    """Captions past the encoder's length are cut in silence."""
     run = denoiser(home, "long")
     run.data.captions.trigger = "a trigger that takes more tokens than the encoder reads"
     with pytest.raises(ValueError, match=r"10 pictures do not fit, first .*red\.png: longer than the 10 tokens"):
@@ -429,3 +473,93 @@ def test_trap_13_sharded_weights_are_saved_and_read_by_any_number_of_processes(h
     shutil.copytree(half.folder / "checkpoints", back.folder / "checkpoints", dirs_exist_ok=True)
     train_with(home, back, 2, script)
     assert metrics(back.folder) == pytest.approx(metrics(whole.folder), rel=1e-5)
+
+
+def test_trap_05_latents_and_captions_stay_with_their_picture_in_buckets(home, straight, tmp_path):
+    """A shuffle of buckets out of step with caches that are indexed by step: the wrong caption for an image."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for n, size in enumerate([(32, 32), (64, 16), (16, 64), (48, 48), (80, 20)]):
+        Image.new("RGB", size, (50 * n, 255 - 50 * n, 90)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    run = frozen(home, "aligned", path=str(folder), buckets=True, bucket_step=8, bucket_ratio=4.0)
+    run.data.captions.templates, run.data.captions.dropout = [], 0.0
+    pictures = read_folder(folder)
+    task = tasks.build(run, pictures, torch.device("cpu"))
+    feed = plan.feed(run, plan.read_source(run), task)
+    seen = set()
+    for batch in itertools.islice(feed.batches(task.dataset, 0, 12, plan.share(run, 0, 1)), 12):
+        for place, (one, number) in enumerate(zip(batch["id"].tolist(), batch["visit"].tolist(), strict=True)):
+            (picture,) = (picture for picture in pictures if picture.id == one)
+            pixels = to_tensor(picture.pixels(task._views(picture)[0])[None])
+            mean, std = networks.to_latents(task.model.vae, pixels)
+            drawn = torch.from_numpy(rng.normal(0, "posterior", [one], [number], shape=mean.shape[1:]))
+            assert torch.allclose(batch["latents"][place], (mean + std * drawn)[0], atol=1e-4)
+            said = text.encode(task.model.text_encoder, text.tokenize(task.model.tokenizer, [picture.text]))
+            assert torch.allclose(batch["context"][place], said[0], atol=1e-4)
+            seen.add(one)
+    assert len(seen) == 5
+
+
+def test_trap_08_dropped_captions_are_the_encoded_empty_prompt_and_only_in_training(home, straight):
+    """Dropout by zero vectors, or while validating."""
+    run = frozen(home, "dropped")
+    run.data.captions.dropout = 1.0
+    task = tasks.build(run, read_folder(home), torch.device("cpu"))
+    empty = text.encode(task.model.text_encoder, text.tokenize(task.model.tokenizer, [""]))
+    context = task.dataset.__getitems__([(0, 0), (1, 0)])["context"]
+    assert torch.allclose(context, empty.expand(2, -1, -1), atol=1e-5)
+    assert context.abs().max() > 0.1
+    probe = task.probe(read_folder(home)).__getitems__([(0, 0), (1, 0)])
+    assert torch.equal(probe["tokens"], text.tokenize(task.model.tokenizer, [p.text for p in read_folder(home)[:2]]))
+
+
+def test_trap_09_latents_are_shifted_and_scaled_and_back(home):
+    """An autoencoder's shift_factor or scaling_factor forgotten."""
+    vae = load_vae(home / "runs/ae/model")
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    plain, _ = encode_pixels(vae, pixels)
+    before = networks.decode(vae, plain)
+    vae.register_to_config(shift_factor=0.5, scaling_factor=0.25)
+    mean, std = networks.to_latents(vae, pixels)
+    assert torch.allclose(mean, (plain - 0.5) * 0.25, atol=1e-6)
+    assert torch.allclose(std, encode_pixels(vae, pixels)[1] * 0.25)
+    again = networks.decode(vae, mean)
+    assert max(abs(a - b) for a, b in zip(before[0].tobytes(), again[0].tobytes(), strict=True)) <= 1
+
+
+def test_trap_14_latents_that_are_not_finite_are_refused_and_named(home, straight, tmp_path):
+    """An autoencoder that overflows in half precision: NaN latents are replaced by zeros, or trained on."""
+    base = tmp_path / "broken"
+    shutil.copytree(straight / "model", base)
+    vae = load_vae(base)
+    vae.quant_conv.weight.data.fill_(float("nan"))
+    save_network(vae, base / "vae")
+    run = frozen(home, "overflow")
+    run.model.base = str(base)
+    with pytest.raises(FloatingPointError, match=r"latents of .*\.png and others are not finite"):
+        trainer.train(run, quiet=True)
+
+
+def test_trap_17_a_set_smaller_than_a_batch_trains(home):
+    """A division by zero, or everything dropped."""
+    run = denoiser(home, "few", batch_size=32, steps=2)
+    trainer.train(run, quiet=True)
+    rows = [json.loads(line) for line in (run.folder / "coverage.jsonl").open()]
+    assert sum(row["visits"] for row in rows) == 64
+    assert {row["visits"] for row in rows} == {6, 7}
+
+
+def test_trap_23_weights_that_are_mapped_into_memory_are_not_written_over(straight, tmp_path):
+    """Rewriting a safetensors file that is still mapped corrupts it for whoever reads it."""
+    folder = tmp_path / "vae"
+    shutil.copytree(straight / "model/vae", folder)
+    mapped = load_file(folder / "diffusion_pytorch_model.safetensors")
+    before = {name: tensor.clone() for name, tensor in mapped.items()}
+    vae = load_vae(tmp_path)
+    for parameter in vae.parameters():
+        parameter.data += 1
+    save_network(vae, folder, torch.bfloat16)
+    assert all(torch.equal(mapped[name], before[name]) for name in before)
+    assert not torch.equal(load_vae(tmp_path).quant_conv.weight.float(), before["quant_conv.weight"].float())
+    assert (folder / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044 == 0o044, "others may read it"

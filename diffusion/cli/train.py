@@ -10,7 +10,7 @@ USAGE = """usage: train.py CONFIG.yaml [--dry-run] [key=value ...]
 Train what the config says into runs/<name>/; the same command again goes on where it stopped.
 --dry-run says what would be done, and writes nothing.
 Overrides: train.lr=3e-4, --train.lr=3e-4 and --train.lr 3e-4 mean the same.
-Several processes: accelerate launch --num_processes 2 train.py CONFIG.yaml
+Several processes: accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 train.py CONFIG.yaml
 """
 
 
