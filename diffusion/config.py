@@ -33,6 +33,7 @@ class Captions:
     source: Annotated[
         Literal["auto", "metadata", "txt", "folder", "file"], "where captions are; auto: metadata, else .txt files"
     ] = "auto"
+    text: Annotated[str | None, "the same caption for all pictures, whatever else there is"] = None
     dropout: Annotated[Fraction, "share of visits with the empty caption, for classifier-free guidance"] = 0.1
     keywords: Annotated[Fraction, "share of visits with a shuffled choice of keywords instead of the text"] = 0.0
     fillers: Annotated[
@@ -44,6 +45,16 @@ class Captions:
         list[Annotated[str, Field(pattern=r"\{\}")]], "sentences around a caption, which stands for {}; one is drawn"
     ] = Field(default_factory=list)
     trigger: Annotated[str, "leads every caption that is not empty"] = ""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Prior:
+    """Pictures of what the model knows already, so that it does not forget it (DreamBooth, 2208.12242)."""
+
+    prompt: Annotated[str, "what they show: the class of the subject, for instance a dog"]
+    count: Annotated[Positive, "how many; those that are missing are drawn by the model before it is trained"] = 100
+    path: Annotated[str | None, "folder; null: <output>/<name>/prior"] = None
+    weight: Annotated[Rate, "of their loss"] = 1.0
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -69,6 +80,7 @@ class Data:
     balance: Annotated[str | None, "metadata field that names a group; its members share one weight"] = None
     balance_power: Annotated[Fraction, "1: every group is drawn equally often; 0: every picture is"] = 1.0
     captions: Annotated[Captions, "caption choice"] = Field(default_factory=Captions)
+    prior: Annotated[Prior | None, "pictures of the model's own, seen as often as those of path"] = None
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -77,6 +89,29 @@ class Tokenizer:
 
     vocab_size: Annotated[int, Field(ge=514), "tokens, the 512 byte tokens and two markers included"] = 4096
     max_length: Annotated[int, Field(ge=4), "tokens that the text encoder reads, both markers included"] = 77
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Lora:
+    """Low-rank adapters (2106.09685) on the frozen networks of ``model.base``."""
+
+    rank: Annotated[Positive, "columns of an adapter: how much it can learn, and how large it is"] = 16
+    alpha: Annotated[Annotated[float, Field(gt=0)] | None, "strength: alpha / rank; null: rank, that is 1"] = None
+    targets: Annotated[Literal["attention", "all"], "attention projections, or all linear layers and convolutions"] = (
+        "attention"
+    )
+    dora: Annotated[bool, "learn the length of each row apart from its direction (DoRA, 2402.09353)"] = False
+    text_encoder: Annotated[bool, "adapters in the text encoders as well"] = False
+    kohya: Annotated[bool, "write the adapters in kohya's names as well"] = False
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Word:
+    """A word to learn (textual inversion, 2208.01618)."""
+
+    word: Annotated[str, Field(pattern=r"^\S+$"), "as it is written in captions and prompts: <my-cat>"]
+    start: Annotated[str, "what it means before it has learnt anything, in known words"]
+    vectors: Annotated[Positive, "tokens that it takes in a prompt"] = 1
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -90,6 +125,9 @@ class Model:
     tokenizer: Annotated[Tokenizer | None, "tokenizer to train"] = None
     text_encoder: Annotated[Network | None, "CLIPTextConfig arguments"] = None
     unet: Annotated[Network | None, "UNet2DConditionModel arguments"] = None
+    train_text_encoder: Annotated[bool, "train the text encoders of base as well"] = False
+    lora: Annotated[Lora | None, "train adapters and nothing else"] = None
+    words: Annotated[list[Word], "learn these words and nothing else, or beside adapters"] = Field(default_factory=list)
     beta_schedule: Annotated[Literal["linear", "scaled_linear", "cosine"], "forward process"] = "scaled_linear"
     zero_terminal_snr: Annotated[bool, "rescale the betas so that the last step is pure noise (2305.08891)"] = False
     prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], "what the U-Net puts out"] = "epsilon"
@@ -97,7 +135,7 @@ class Model:
 
 @dataclass(config=STRICT, kw_only=True)
 class Loss:
-    """Weights and densities. The last four belong to the autoencoder, the others to the denoiser."""
+    """Weights and densities. Those from l1 on belong to the autoencoder, the others to the denoiser."""
 
     weighting: Annotated[Literal["uniform", "min_snr"], "loss weight over noise levels"] = "uniform"
     gamma: Annotated[Annotated[float, Field(gt=0)], "min-SNR ceiling (2303.09556)"] = 5.0
@@ -110,6 +148,8 @@ class Loss:
     mse: Annotated[Rate, "weight of the squared pixel error"] = 1.0
     gradient: Annotated[Rate, "weight of the absolute error of horizontal and vertical differences"] = 0.0
     kl: Annotated[Rate, "weight of the divergence from the standard normal, per latent value"] = 1e-6
+    adversarial: Annotated[Rate, "weight of a patch discriminator's opinion, which learns along (1611.07004)"] = 0.0
+    adversarial_after: Annotated[Count, "steps before it joins, when reconstruction has settled"] = 0
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -142,6 +182,7 @@ class Train:
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "autocast precision; auto measures"] = "auto"
     compile: Annotated[bool, "torch.compile the network, if its gradients then prove equal"] = False
     workers: Annotated[Count, "data worker processes"] = 0
+    save_dtype: Annotated[Literal["bf16", "fp16", "fp32"], "in which the model's weights are stored"] = "bf16"
     log_every: Annotated[Positive, "steps between lines of metrics.jsonl"] = 50
     log_with: Annotated[list[Literal["tensorboard", "wandb"]], "where metrics go as well, if it is installed"] = Field(
         default_factory=list
@@ -242,10 +283,11 @@ def documented_fields(cls: type = Config, prefix: str = "") -> list[tuple[str, s
     for field in fields(cls):
         kind, *notes = get_args(field.type)
         doc = next(note for note in reversed(notes) if isinstance(note, str))
-        if is_dataclass(kind):
-            rows += documented_fields(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        else:
+        nested = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), None)
+        if nested is not kind:
             rows.append((f"{prefix}{field.name}", _default_text(field.default), doc))
+        if nested is not None:
+            rows += documented_fields(nested, f"{prefix}{field.name}.")  # type: ignore[arg-type]
     return rows
 
 

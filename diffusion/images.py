@@ -170,6 +170,7 @@ def metadata_texts(made: Mapping[str, Any]) -> dict[str, str]:
 
 def format_parameters(made: Mapping[str, Any]) -> str:
     """The AUTOMATIC1111 text: the prompt, the negative prompt where there is one, and one line of ``Key: value``."""
+    hashes = ", ".join(f"{one['name']}: {one['hash']}" for one in made.get("loras", ()))
     values = {
         "Steps": made["steps"],
         "Sampler": SAMPLERS.get(made["sampler"], made["sampler"]),
@@ -180,6 +181,7 @@ def format_parameters(made: Mapping[str, Any]) -> str:
         "Model hash": made["model_hash"],
         "Model": made["model"],
         "RNG": "CPU",
+        **({"Lora hashes": hashes} if hashes else {}),
         "Version": f"diffusion {made['version']}",
     }
     negative = [f"Negative prompt: {made['negative_prompt']}"] if made["negative_prompt"] else []

@@ -1,7 +1,7 @@
 """From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from diffusion.models.folder import Model, load_model, stock_pipeline
 from diffusion.models.networks import decode, spatial_factor
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale
 from diffusion.schedules import levels
-from diffusion.settings import Limits, Settings, find_model, resolve_dtype
+from diffusion.settings import Limits, Settings, base_of, find_model, resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,25 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls, path: str | Path = "emoji", device: str | None = None, dtype: str | torch.dtype | None = None
+        cls,
+        path: str | Path = "emoji",
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> "TextToImage":
-        """Load a model folder, or one of the shipped models by name.
+        """Load a model folder, or one of the shipped models by name; ``loras`` are put on it, each so strongly.
 
         ``device`` None or "auto" takes the fastest one present; ``dtype`` None takes bfloat16 on CUDA and float32
-        elsewhere. Raises ValueError for a folder that is no model, and for a device or dtype this machine lacks.
+        elsewhere. Raises ValueError for a folder that is no model, for a LoRA that does not fit it, and for a device
+        or dtype this machine lacks.
         """
         where = choose_device(device)
-        return cls(load_model(find_model(path), where, choose_dtype(dtype, where)))
+        model = load_model(find_model(path), where, choose_dtype(dtype, where))
+        for lora, strength in (loras or {}).items():
+            from diffusion.models import adapters
+
+            adapters.apply(model, lora, strength)
+        return cls(model)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
         """Draw. Takes the fields of ``Settings`` as keywords; each one left out is the model's own default.
@@ -82,9 +92,7 @@ class TextToImage:
         """The steps of a checked request."""
         full = self.resolved(wanted)
         pictures = full.pictures()
-        text.tokenize(
-            self.model.tokenizer, [*dict.fromkeys(full.prompts), full.negative_prompt]
-        )  # too long: say so now
+        text.tokenize(self.model, [*dict.fromkeys(full.prompts), full.negative_prompt])  # too long: say so now
         assert full.batch_size is not None, "filled() gives the batch size"
         batches = [pictures[start : start + full.batch_size] for start in range(0, len(pictures), full.batch_size)]
         return (step for batch in batches for step in self._batch(batch, full))
@@ -140,14 +148,25 @@ class TextToImage:
     def _denoiser(self, prompts: list[str], full: Settings) -> Denoise:
         """The network under these prompts, guided away from the negative prompt."""
         unet, schedule, prediction = self.model.unet, self.model.schedule, self.model.prediction
-        encode = partial(_encode, self.model)
         make = partial(network_denoiser, unet, schedule, prediction)
-        context = encode(prompts)
+        wanted = self._condition(prompts, full)
         assert full.guidance_scale is not None
         if full.guidance_scale == 1:
-            return make(context)
-        unconditional = encode([full.negative_prompt]).expand_as(context)
-        return classifier_free_guidance(make(torch.cat([unconditional, context])), make(context), full.guidance_scale)
+            return make(wanted)
+        unwanted = self._condition([full.negative_prompt] * len(prompts), full)
+        both = {name: torch.cat([unwanted[name], wanted[name]]) for name in wanted}
+        return classifier_free_guidance(make(both), make(wanted), full.guidance_scale)
+
+    def _condition(self, prompts: Sequence[str], full: Settings) -> dict[str, Tensor]:
+        """One prompt at a time: a batch of another size may round otherwise, and a picture must not know its batch."""
+        unique = {
+            prompt: text.encode(self.model, text.tokenize(self.model, [prompt])) for prompt in dict.fromkeys(prompts)
+        }
+        found = {name: torch.cat([unique[prompt][name] for prompt in prompts]) for name in unique[prompts[0]]}
+        if "pooled" in found:  # SDXL is told the size that its picture is to look like, and where it is cut: nowhere
+            sizes = torch.tensor([full.height, full.width, 0, 0, full.height, full.width], dtype=torch.float32)
+            found["sizes"] = sizes.expand(len(prompts), -1)
+        return found
 
     def _finished(self, latents: Tensor, pictures: Sequence[tuple[str, int]], full: Settings) -> list[Image.Image]:
         images = decode(self.model.vae, latents)
@@ -169,6 +188,7 @@ class TextToImage:
             "height": full.height,
             "model": self.model.path.name if self.model.path else "unsaved",
             "model_hash": self.model_hash,
+            **({"loras": self._loras} if self._loras else {}),
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "device": self.model.unet.device.type,
             "version": __version__,
@@ -176,18 +196,41 @@ class TextToImage:
         }
 
     @cached_property
+    def _loras(self) -> list[dict[str, Any]]:
+        """Name, weight and hash of what was put on the model."""
+        return [
+            {"name": Path(path).stem, "weight": strength, "hash": _hash(_weight_files(Path(path)))}
+            for path, strength in self.model.adapters.items()
+        ]
+
+    @cached_property
     def model_hash(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the folder's weight files, or of the U-Net where it has none."""
+        files = _weight_files(self.model.path) if self.model.path else []
+        if files:
+            return _hash(files)
         digest = hashlib.sha256()
-        files = sorted(self.model.path.glob("*/*.safetensors")) if self.model.path else []
-        for file in files:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        if not files:
-            for weight in self.model.unet.state_dict().values():
-                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        for weight in self.model.unet.state_dict().values():
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:10]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Those of a model folder, of a folder of adapters with its base, or the one file."""
+    if path.is_file():
+        return [path]
+    base = base_of(path)
+    return sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors"), *(_weight_files(base) if base else [])])
+
+
+def _hash(files: Sequence[Path]) -> str:
+    """Ten hexadecimal digits of the SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:10]
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -208,11 +251,3 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
     if found is not None:
         return getattr(torch, found)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def _encode(model: Model, prompts: Sequence[str]) -> Tensor:
-    """One prompt at a time: a batch of another size may round otherwise, and a picture must not know its batch."""
-    unique = {
-        prompt: text.encode(model.text_encoder, text.tokenize(model.tokenizer, [prompt])) for prompt in set(prompts)
-    }
-    return torch.cat([unique[prompt] for prompt in prompts])

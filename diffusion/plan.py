@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from diffusion.data.source import (
     read_folder,
     too_small,
 )
+from diffusion.tasks.prior import missing, read_prior
 
 SAMPLE = 512  # pictures of a stream that stand for all of it
 
@@ -51,14 +52,19 @@ def read_source(config: Config) -> Source:
     data = config.data
     if are_shards(data.path):
         return _read_shards(config)
-    pictures = read_folder(data.path, "train", data.balance, data.captions.source)
-    held_out = read_folder(data.path, "held_out", data.balance, data.captions.source, may_be_empty=True)
+    said = data.captions.source if data.captions.text is None or data.balance is not None else "none"
+    pictures = read_folder(data.path, "train", data.balance, said)
+    held_out = read_folder(data.path, "held_out", data.balance, said, may_be_empty=True)
+    if data.captions.text is not None:
+        same = {"texts": (data.captions.text,), "keywords": ()}
+        pictures, held_out = ([replace(picture, **same) for picture in some] for some in (pictures, held_out))  # type: ignore[arg-type]
     pictures, more = hold_out(pictures, data.hold_out)
     held_out += more
+    prior = read_prior(config, pictures) if data.prior is not None else []
     if data.upscale:
-        return Source(pictures=pictures, held_out=held_out, left_out={})
+        return Source(pictures=pictures + prior, held_out=held_out, left_out={})
     shape_of = partial(nearest, among=_shapes(data)) if data.buckets else None
-    kept, left_out = leave_out_small(pictures, data.size, shape_of)
+    kept, left_out = leave_out_small(pictures + prior, data.size, shape_of)
     held_out, unseen = leave_out_small(held_out, data.size, shape_of)
     return Source(pictures=kept, held_out=held_out, left_out=left_out | unseen)
 
@@ -122,6 +128,7 @@ def describe(config: Config, processes: int) -> str:
         if source.shards is None
         else f"{len(source.shards.urls):,} shards, in {source.shards.lanes} lanes",
         "left out": source.note() or "none",
+        **({"prior": f"{len(missing(config)):,} pictures to draw first"} if config.data.prior else {}),
         "steps": f"{t.steps:,} of {t.batch_size} pictures{epochs}",
         "batch": portions(portion),
         "weights": f"{trained:,} trained of {total:,}",

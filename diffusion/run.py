@@ -26,6 +26,8 @@ from diffusion.ema import Ema
 from diffusion.images import make_grid
 from diffusion.plan import learning_rate
 
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass
 class Run:
@@ -154,7 +156,7 @@ class Run:
         with self._shipped():
             finished = self.task.gathered()
             if finished is not None and self.main:
-                finished.save(self.folder / "model", torch.bfloat16)
+                finished.save(self.folder / "model", STORED[self.config.train.save_dtype])
                 self._show(step, make_grid(finished.samples(), columns=8))
         self.accelerator.wait_for_everyone()
 
@@ -192,7 +194,7 @@ class Run:
             best = self.history.add(step, losses) if self.main else False
             finished = self.task.gathered() if self._any(best) else None
             if finished is not None and self.main:
-                finished.save(self.folder / "best", torch.bfloat16)
+                finished.save(self.folder / "best", STORED[self.config.train.save_dtype])
         if self.main and (verdict := self.history.verdict()) is not None and not self.warned:
             self.warned = True
             self.say(verdict)

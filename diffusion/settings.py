@@ -51,6 +51,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short name -> torch's
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
 PACKAGE = Path(__file__).parent
+ADAPTERS = "recipe.json"  # with a ``base`` in it, what is beside it is put on that model
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -208,6 +209,8 @@ def find_model(name: str | Path) -> Path:
             if missing:
                 raise ValueError(f"{folder} is not a whole model folder: it has no {missing[0]}/")
             return folder
+        if base_of(folder) is not None:
+            return folder
     shipped = sorted({unet.parent.name for shelf in shelves for unet in shelf.glob("*/unet")})
     if Path(name).exists():
         raise ValueError(f"{name} is not a model folder: it has no unet/")
@@ -217,8 +220,41 @@ def find_model(name: str | Path) -> Path:
     )
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """``PATH`` or ``PATH:0.8`` as the path and its strength, 1 where none is given. ValueError if nothing is there."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        path, weight = text, "1"
+    try:
+        strength = float(weight)
+    except ValueError:
+        path, strength = text, 1.0
+    if not Path(path).exists():
+        raise ValueError(
+            f"no LoRA at {path}: give a .safetensors file or a folder, and if you like its weight, PATH:0.8"
+        )
+    if not math.isfinite(strength):
+        raise ValueError(f"the weight of {path} must be a finite number, got {weight}")
+    return path, strength
+
+
+def base_of(folder: Path) -> Path | None:
+    """Of a folder of adapters (LoRA, learnt words) the model that they belong to; None for a model of its own."""
+    if (folder / "unet").is_dir() or not (folder / ADAPTERS).is_file():
+        return None
+    recipe = _read_json(folder / ADAPTERS)
+    base = recipe.get("base") if isinstance(recipe, dict) else None
+    if not base:
+        return None
+    try:
+        return find_model(base)
+    except ValueError as error:
+        raise ValueError(f"{folder} belongs to another model: {error}") from None
+
+
 def read_limits(folder: Path) -> Limits:
     """The limits of a model folder, from its JSON files alone."""
+    folder = base_of(folder) or folder
     vae, scheduler = (
         _read_json(folder / "vae" / "config.json"),
         _read_json(folder / "scheduler" / "scheduler_config.json"),

@@ -23,6 +23,7 @@ from diffusion.ema import Ema
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.precision import compile_if_equal, fast_dtype
 from diffusion.run import Run
+from diffusion.tasks.prior import draw_missing
 
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -36,6 +37,9 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     # what is trained, on what, and in which portions
     accelerator = _accelerator(config)
     share = plan.share(config, accelerator.process_index, accelerator.num_processes)
+    if config.data.prior is not None:
+        with accelerator.main_process_first():
+            draw_missing(config, quiet=quiet or not accelerator.is_main_process)
     source = plan.read_source(config)
     if (note := source.note()) is not None and accelerator.is_main_process:
         print(note, file=sys.stderr)
@@ -70,6 +74,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         loss, seen = torch.zeros((), device=accelerator.device), []
         for micro in range(share.accumulation):
             batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
+            batch["step"] = torch.tensor(step, device=accelerator.device)
             last = micro == share.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
                 losses = module(batch)

@@ -93,7 +93,7 @@ def test_the_tokenizer_spells_everything_and_survives_its_files(tmp_path):
         assert again.unk_token_id not in again(caption).input_ids[1:-1]
     assert len(tokenizer) <= 530
     assert len(tokenizer("apple").input_ids) < len(tokenizer("zebra").input_ids)
-    ids = text.tokenize(again, ["red apple", ""])
+    ids = text.tokenize(text.Tokenizers([again]), ["red apple", ""])["tokens"]
     assert ids.shape == (2, 12)
 
 
@@ -106,7 +106,7 @@ def test_the_same_captions_give_the_same_vocabulary():
 def test_a_prompt_that_is_too_long_is_refused_and_not_cut():
     tokenizer = text.train_tokenizer(["red apple"] * 3, 530, 12)
     with pytest.raises(ValueError, match=r"30 tokens long, but this text encoder reads 10"):
-        text.tokenize(tokenizer, ["xyz" * 10])
+        text.tokenize(text.Tokenizers([tokenizer]), ["xyz" * 10])
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "cosine"])

@@ -495,7 +495,7 @@ def test_trap_05_latents_and_captions_stay_with_their_picture_in_buckets(home, s
             mean, std = networks.to_latents(task.model.vae, pixels)
             drawn = torch.from_numpy(rng.normal(0, "posterior", [one], [number], shape=mean.shape[1:]))
             assert torch.allclose(batch["latents"][place], (mean + std * drawn)[0], atol=1e-4)
-            said = text.encode(task.model.text_encoder, text.tokenize(task.model.tokenizer, [picture.text]))
+            said = text.encode(task.model, text.tokenize(task.model, [picture.text]))["context"]
             assert torch.allclose(batch["context"][place], said[0], atol=1e-4)
             seen.add(one)
     assert len(seen) == 5
@@ -506,12 +506,12 @@ def test_trap_08_dropped_captions_are_the_encoded_empty_prompt_and_only_in_train
     run = frozen(home, "dropped")
     run.data.captions.dropout = 1.0
     task = tasks.build(run, read_folder(home), torch.device("cpu"))
-    empty = text.encode(task.model.text_encoder, text.tokenize(task.model.tokenizer, [""]))
+    empty = text.encode(task.model, text.tokenize(task.model, [""]))["context"]
     context = task.dataset.__getitems__([(0, 0), (1, 0)])["context"]
     assert torch.allclose(context, empty.expand(2, -1, -1), atol=1e-5)
     assert context.abs().max() > 0.1
     probe = task.probe(read_folder(home)).__getitems__([(0, 0), (1, 0)])
-    assert torch.equal(probe["tokens"], text.tokenize(task.model.tokenizer, [p.text for p in read_folder(home)[:2]]))
+    assert torch.equal(probe["tokens"], text.tokenize(task.model, [p.text for p in read_folder(home)[:2]])["tokens"])
 
 
 def test_trap_09_latents_are_shifted_and_scaled_and_back(home):

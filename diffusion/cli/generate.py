@@ -67,7 +67,7 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
             return 0
         from diffusion.pipeline import TextToImage
 
-        steps = TextToImage.load(request.folder, args.device, args.dtype).run(wanted)
+        steps = TextToImage.load(request.folder, args.device, args.dtype, request.loras).run(wanted)
         if args.seed is None:
             voice.note(f"seed {wanted.seed}")
     except ValueError as error:
@@ -103,6 +103,7 @@ class Request:
 
     wanted: Settings
     folder: Path
+    loras: dict[str, float]
     output: "Output"
 
     @classmethod
@@ -117,6 +118,7 @@ class Request:
         settings.check_device(args.device)
         settings.resolve_dtype(args.dtype, args.device)
         folder = settings.find_model(args.model)
+        loras = dict(settings.parse_lora(text) for text in args.lora)
         wanted.check(settings.read_limits(folder))
 
         from diffusion.images import check_output, parse_output, slugify
@@ -125,7 +127,7 @@ class Request:
         longest = max(map(slugify, wanted.prompts), key=lambda slug: len(slug.encode()))
         assert wanted.seed is not None, "seeded() gave it"
         check_output(output, wanted.count, wanted.seed, longest)
-        return cls(wanted, folder, output)
+        return cls(wanted, folder, loras, output)
 
     def filled(self) -> Settings:
         """The request with the model's own defaults. ValueError for a prompt longer than the encoder reads.
@@ -135,18 +137,20 @@ class Request:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: never wait for a network
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # there is one bar, and it is ours
         from diffusion.models.folder import read_recipe
-        from diffusion.models.text import load_tokenizer, tokenize
+        from diffusion.models.text import read_tokenizers, tokenize
 
         full = self.wanted.filled(read_recipe(self.folder))
         full.check(settings.read_limits(self.folder))
-        tokenize(load_tokenizer(self.folder / "tokenizer"), [*full.prompts, full.negative_prompt])
+        if not self.loras and settings.base_of(self.folder) is None:  # which may teach the tokenizer words
+            tokenize(read_tokenizers(self.folder), [*full.prompts, full.negative_prompt])
         return full
 
     def summary(self, full: Settings) -> str:
         """What would be drawn, in a line."""
         pictures = "1 picture" if full.count == 1 else f"{full.count} pictures in batches of {full.batch_size}"
+        model = " + ".join([str(self.folder), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
         return (
-            f"would draw {pictures}, {full.width}x{full.height}, with {self.folder}: {full.steps} steps of "
+            f"would draw {pictures}, {full.width}x{full.height}, with {model}: {full.steps} steps of "
             f"{full.sampler} on {full.schedule}, guidance {full.guidance_scale:g}, seed {full.seed}, "
             f"to {self.output.template}"
         )
@@ -207,6 +211,7 @@ def parser(prog: str) -> Parser:
     add("-p", "--prompt", action="append", default=[], help="one more prompt; may be repeated")
     add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     add("-m", "--model", default="emoji", help="model folder, or the name of a shipped model (default: %(default)s)")
+    add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
     add("-o", "--output", metavar="PATH", help="file, folder/ or template with {index} {seed} {slug} (outputs/)")
     add("-s", "--seed", type=whole, help="seed of the first picture; picture k has seed + k (default: drawn)")
     add("--steps", type=whole, help=f"denoising steps ({own})")

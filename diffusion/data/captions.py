@@ -33,6 +33,8 @@ def choose_caption(
     draws = iter(rng.uniform(seed, "caption", picture.id, visit, size=64).tolist())
     if next(draws) < dropout:
         return ""
+    if picture.plain:
+        return picture.text
     text = picture.text
     if len(picture.texts) > 1:
         text = picture.texts[int(rng.uniform(seed, "caption.text", picture.id, visit, size=1)[0] * len(picture.texts))]
@@ -53,11 +55,13 @@ def choose_caption(
 
 def lead(trigger: str, caption: str) -> str:
     """The trigger word, then the caption."""
-    return f"{trigger}, {caption}" if trigger else caption
+    return ", ".join(part for part in (trigger, caption) if part)
 
 
 def variants(picture: Picture, templates: Sequence[str] = (), trigger: str = "") -> list[str]:
     """Every caption that ``choose_caption`` may give without keywords, fillers and shuffled tags."""
+    if picture.plain:
+        return ["", picture.text]
     framed = [template.replace("{}", text) for template in templates for text in picture.texts]
     return ["", *(lead(trigger, text) for text in [*picture.texts, *framed])]
 

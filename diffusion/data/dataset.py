@@ -87,6 +87,7 @@ class LatentSet:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     in_bins: bool = False
+    sizes: bool = False  # of SDXL: a batch says how large each picture was, and where it is cut
     caption: Callable[[Picture, int], str]
     encode_text: Callable[[list[str]], Batch]  # captions to tokens, or to what an encoder has made of them
 
@@ -119,6 +120,10 @@ class LatentSet:
             found = [self.posteriors[i * len(of) + k] for i, of, k in zip(places, views, chosen, strict=True)]
             mean, std = (torch.stack([one[name] for one in found]) for name in ("mean", "std"))
             batch["latents"] = mean + std * posterior
+        if self.sizes:
+            batch["sizes"] = torch.tensor([_sizes(p, of[k]) for p, of, k in zip(pictures, views, chosen, strict=True)])
+        if any(picture.loss_weight != 1 for picture in pictures):
+            batch["weight"] = torch.tensor([picture.loss_weight for picture in pictures])
         batch["noise"] = normal("noise", *shape)
         if self.offset_noise > 0:
             batch["noise"] += self.offset_noise * normal("noise.offset", shape[0], 1, 1)
@@ -128,3 +133,9 @@ class LatentSet:
         batch["u"] = (batch["visit"] + u) / BINS if self.in_bins else u
         captions = [self.caption(picture, number) for picture, number in zip(pictures, numbers, strict=True)]
         return batch | self.encode_text(captions)
+
+
+def _sizes(picture: Picture, view: View) -> list[float]:
+    """Height and width of the original, top and left of the cut, height and width shown (SDXL 2307.01952, 2.2)."""
+    (width, height), (left, top) = picture.sides, view.corner(picture.sides)
+    return [float(n) for n in (height, width, top, left, view.height, view.width)]

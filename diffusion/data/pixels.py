@@ -26,6 +26,13 @@ class View:
     place: float = 0.5
     flip: bool = False
 
+    def corner(self, sides: tuple[int, int]) -> tuple[int, int]:
+        """(left, top) of what is shown, in pixels of the scaled picture as it is shown: mirrored if it is."""
+        scale = max(self.width / sides[0], self.height / sides[1])
+        spare = round(sides[0] * scale) - self.width, round(sides[1] * scale) - self.height
+        left, top = (round(self.place * pixels) for pixels in spare)
+        return spare[0] - left if self.flip else left, top
+
 
 def read_pixels(file: Path, view: View | int) -> npt.NDArray[np.uint8]:
     """A picture as ``(height, width, 3)`` uint8 sRGB; a number is the side of a square on white.

@@ -18,7 +18,6 @@ from diffusion import rng
 from diffusion.data.pixels import View, look, read_rgb, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SOURCES = ("auto", "metadata", "txt", "folder", "file")
 Row = dict[str, Any]
 
 
@@ -32,6 +31,8 @@ class Picture:
     group: str
     weight: float  # how often it is drawn, in relation to the others
     id: int  # a function of the file name alone: adding a picture changes no other picture's draws
+    plain: bool = False  # its caption is said as it stands: no trigger, no template
+    loss_weight: float = 1.0
     content: bytes | None = field(default=None, repr=False)  # of a picture that is no file of its own
     decoded: dict[str, Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
@@ -65,9 +66,9 @@ def read_folder(
     """The pictures of one split. ``group`` names the metadata field to balance over.
 
     ``source`` says where captions are: ``metadata`` (metadata.jsonl, or metadata.csv), ``txt`` (a file beside each
-    picture, a caption a line), ``folder`` (the folder's name; ``10_red car`` weighs 10) or ``file`` (the file's name);
-    ``auto`` takes the first of ``metadata`` and ``txt`` that is there. Rows without a ``split`` belong to ``train``.
-    ``ValueError`` names the place and what is wrong with it.
+    picture, a caption a line), ``folder`` (the folder's name; ``10_red car`` weighs 10), ``file`` (the file's name),
+    ``none`` (there are none); ``auto`` takes the first of ``metadata`` and ``txt`` that is there. Rows without a
+    ``split`` belong to ``train``. ``ValueError`` names the place and what is wrong with it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -156,6 +157,8 @@ def _rows(folder: Path, source: str) -> Iterator[tuple[str, Row]]:
         row: Row = {"file_name": file.relative_to(folder).as_posix()}
         if source == "txt":
             row["text"] = _sidecar(file)
+        elif source == "none":
+            row["text"] = ""
         elif source == "folder":
             repeats, name = re.fullmatch(r"(?:(\d+)_)?(.*)", file.parent.resolve().name).groups()  # type: ignore[union-attr]
             row |= {"text": _words(name), "weight": float(repeats or 1)}

@@ -15,12 +15,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion import schedules
 from diffusion.models.text import load_tokenizer, save_tokenizer
 from diffusion.schedules import DiscreteSchedule
+from diffusion.settings import base_of
 
+TEXT_MODELS = (CLIPTextModel, CLIPTextModelWithProjection)
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
 
 
@@ -35,6 +37,7 @@ class Recipe:
     sampler: str = "ddim"
     schedule: str = "trailing"
     trained_on: str = ""
+    base: str = ""  # of a folder of adapters: the model that they belong to
     prompts: list[str] = field(default_factory=list)
 
 
@@ -102,6 +105,24 @@ class Model:
     forward: Forward
     recipe: Recipe
     path: Path | None = None
+    tokenizer_2: CLIPTokenizer | None = None  # SDXL has two text encoders
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zero_empty: bool = False
+    adapters: dict[str, float] = field(default_factory=dict)  # what was merged into the weights, and how strongly
+
+    @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        return [self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 is not None else [])]
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        return [self.text_encoder, *([self.text_encoder_2] if self.text_encoder_2 is not None else [])]
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks by the names of their folders."""
+        second = {"text_encoder_2": self.text_encoder_2} if self.text_encoder_2 is not None else {}
+        return {"vae": self.vae, "unet": self.unet, "text_encoder": self.text_encoder, **second}
 
     @property
     def prediction(self) -> str:
@@ -113,22 +134,39 @@ class Model:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a model folder. ``ValueError`` names the part that is missing."""
+    """Read a model folder, or a folder of adapters with the model that they belong to.
+
+    ``ValueError`` names the part that is missing.
+    """
     path = Path(path)
+    base = base_of(path)
+    if base is not None:
+        from diffusion.models import adapters  # which knows this room
+
+        model = load_model(base, device, dtype)
+        adapters.apply(model, path)
+        model.path, model.recipe, model.adapters = path, read_recipe(path), {}
+        return model
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path} is not a model folder: it has no {part}/")
     recipe = read_recipe(path)
+    second = {}
+    if (path / "text_encoder_2").is_dir():
+        second = {
+            "tokenizer_2": load_tokenizer(path / "tokenizer_2"),
+            "text_encoder_2": _load_text(CLIPTextModelWithProjection, path / "text_encoder_2", dtype).to(device),
+            "zero_empty": _read_json(path / "model_index.json").get("force_zeros_for_empty_prompt", True),
+        }
     return Model(
         tokenizer=load_tokenizer(path / "tokenizer"),
-        text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True)
-        .eval()
-        .to(device),
+        text_encoder=_load_text(CLIPTextModel, path / "text_encoder", dtype).to(device),
         unet=_load(UNet2DConditionModel, path / "unet", dtype).to(device),
         vae=load_vae(path, dtype).to(device),
         forward=Forward.from_diffusers(json.loads((path / "scheduler" / "scheduler_config.json").read_text())),
         recipe=recipe,
         path=path,
+        **second,
     )
 
 
@@ -157,28 +195,40 @@ def read_recipe(path: str | Path) -> Recipe:
 def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the folder; ``dtype`` is that of the stored weights (None: as they are). The model stays as it is."""
     path = Path(path)
-    for name in ("vae", "unet", "text_encoder"):
-        save_network(getattr(model, name), path / name, dtype)
-    save_tokenizer(model.tokenizer, path / "tokenizer")
-    _write_json(path / "scheduler" / "scheduler_config.json", model.forward.to_diffusers())
-    _write_json(path / "recipe.json", asdict(model.recipe))
+    for name, network in model.networks.items():
+        save_network(network, path / name, dtype)
+    for tail, tokenizer in zip(("", "_2"), model.tokenizers, strict=False):
+        save_tokenizer(tokenizer, path / f"tokenizer{tail}")
+    write_json(path / "scheduler" / "scheduler_config.json", model.forward.to_diffusers())
+    write_json(path / "recipe.json", asdict(model.recipe))
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
-    _write_json(path / "model_index.json", index | {"requires_safety_checker": False})
+    index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    if model.text_encoder_2 is None:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    else:
+        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": model.zero_empty}
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
+    write_json(path / "model_index.json", index)
 
 
 def stock_pipeline(model: Model) -> Any:
-    """The same networks in diffusers' own ``StableDiffusionPipeline``."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline  # slow to import, and rarely needed
+    """The same networks in diffusers' own ``StableDiffusionPipeline``, or ``StableDiffusionXLPipeline``."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import
 
+    parts = {**model.networks, "tokenizer": model.tokenizer}
+    parts["scheduler"] = DDIMScheduler.from_config(model.forward.to_diffusers())
+    if model.text_encoder_2 is not None:
+        return StableDiffusionXLPipeline(
+            **parts,
+            tokenizer_2=model.tokenizer_2,
+            force_zeros_for_empty_prompt=model.zero_empty,
+            add_watermarker=False,
+        )
     return StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.forward.to_diffusers()),
+        **parts,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -189,10 +239,10 @@ def save_network(network: Any, folder: Path, dtype: torch.dtype | None = None) -
     """One network as ``config.json`` and safetensors, stored in ``dtype``."""
     config, name = (
         (network.config.save_pretrained, "model.safetensors")
-        if isinstance(network, CLIPTextModel)
+        if isinstance(network, TEXT_MODELS)
         else (network.save_config, "diffusion_pytorch_model.safetensors")
     )
-    if isinstance(network, CLIPTextModel):
+    if isinstance(network, TEXT_MODELS):
         network.config.dtype = "float32"  # what a stock pipeline that is given no dtype loads the other networks in
     folder.mkdir(parents=True, exist_ok=True)
     config(folder)
@@ -209,10 +259,19 @@ def _umask() -> int:
     return mask
 
 
+def _load_text(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Plain JSON, readable by a person."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,12 +1,15 @@
 """From prompts to tokens to the context that conditions a U-Net."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -60,22 +63,91 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Token ids, shape ``(B, L)``, padded to the encoder's length; a prompt that does not fit is a ``ValueError``."""
+@dataclass
+class Tokenizers:
+    """The tokenizers of a model folder alone, to check prompts with before any weights are read."""
+
+    tokenizers: list[CLIPTokenizer]
+    text_encoders: Sequence[Any] = ()
+    zero_empty: bool = False
+
+
+def read_tokenizers(folder: Path) -> Tokenizers:
+    """Those of a model folder; never looks at the network."""
+    return Tokenizers(
+        [load_tokenizer(path) for path in (folder / "tokenizer", folder / "tokenizer_2") if path.is_dir()]
+    )
+
+
+class TextParts(Protocol):
+    """What turns prompts into conditions: one tokenizer and encoder, or two (Stable Diffusion XL)."""
+
+    @property
+    def tokenizers(self) -> Sequence[CLIPTokenizer]: ...
+
+    @property
+    def text_encoders(self) -> Sequence[Any]: ...
+
+    zero_empty: bool  # the empty prompt is zeros, and not what the encoders make of it
+
+
+def tokenize(parts: TextParts, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """``tokens`` ``(B, L)``, padded to the encoder's length; of a second tokenizer ``tokens_2``; which are ``blank``.
+
+    A prompt that does not fit is a ``ValueError``.
+    """
+    found = {f"tokens{tail}": _tokens(t, prompts) for tail, t in zip(("", "_2"), parts.tokenizers, strict=False)}
+    return found | ({"blank": torch.tensor([prompt == "" for prompt in prompts])} if parts.zero_empty else {})
+
+
+def encode(parts: TextParts, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``context`` ``(B, L, D)``: the last hidden state, as Stable Diffusion 1.x and 2.x take it.
+
+    Of two encoders the last hidden states but one, side by side, and ``pooled`` ``(B, E)`` of the second (SDXL,
+    2307.01952, section 2.1).
+    """
+    encoders = parts.text_encoders
+    ids = [tokens[f"tokens{tail}"].to(e.device) for tail, e in zip(("", "_2"), encoders, strict=False)]
+    if len(encoders) == 1:
+        found = {"context": encoders[0](ids[0]).last_hidden_state}
+    else:
+        outputs = [e(i, output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
+        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        found = {"context": context, "pooled": outputs[1].text_embeds}
+    if "blank" not in tokens:
+        return found
+    blank = tokens["blank"].to(ids[0].device)
+    return {name: value.masked_fill(blank.view(-1, *[1] * (value.ndim - 1)), 0.0) for name, value in found.items()}
+
+
+def fits(tokenizer: CLIPTokenizer, prompt: str) -> bool:
+    """Whether the encoder reads it whole."""
+    return len(tokenizer(expand(tokenizer, prompt), verbose=False).input_ids) <= tokenizer.model_max_length
+
+
+def expand(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """A learnt word of several vectors as its tokens: ``<cat>`` as ``<cat> <cat>_1`` where there is a ``<cat>_1``."""
+    words = tokenizer.get_added_vocab()
+    for word in words:
+        if f"{word}_1" in words and word in prompt:
+            parts = [word]
+            while f"{word}_{len(parts)}" in words:
+                parts.append(f"{word}_{len(parts)}")
+            prompt = prompt.replace(word, " ".join(parts))
+    return prompt
+
+
+def _tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     length = tokenizer.model_max_length
-    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+    full = [expand(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokenizer(full, verbose=False).input_ids, strict=True):
         if len(ids) > length:
             kept = tokenizer.decode(ids[1 : length - 1])
             raise ValueError(
                 f"the prompt is {len(ids) - 2} tokens long, but this text encoder reads {length - 2}: "
                 f"shorten {prompt!r}; it would end after {kept!r}"
             )
-    return tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
-
-
-def encode(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Context ``(B, L, D)`` from token ids ``(B, L)``: the last hidden state, as Stable Diffusion 1.x takes it."""
-    return text_encoder(ids.to(text_encoder.device)).last_hidden_state
+    return tokenizer(full, padding="max_length", return_tensors="pt").input_ids
 
 
 def _byte_alphabet() -> list[str]:

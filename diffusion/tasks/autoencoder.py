@@ -22,24 +22,48 @@ from diffusion.tasks.task import mean_of_each, probe_seed
 
 
 class ReconstructionLoss(nn.Module):
-    """KL-regularised reconstruction (Kingma & Welling 1312.6114; Rombach et al. 2112.10752, without the critic)."""
+    """KL-regularised reconstruction (Kingma & Welling 1312.6114; Rombach et al. 2112.10752)."""
 
     def __init__(self, vae: Any, weights: Loss) -> None:
         super().__init__()
         self.vae, self.weights = vae, weights
+        self.critic = critic() if weights.adversarial > 0 else None
 
     def forward(self, batch: Batch) -> Tensor:
         w, x = self.weights, batch["pixels"].contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"]
-        error = (self.vae.decode(latents).sample - x).float()
+        drawn = self.vae.decode(latents).sample
+        error = (drawn - x).float()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-        return (
+        loss = (
             w.l1 * mean_of_each(error.abs())
             + w.mse * mean_of_each(error.square())
             + w.gradient * (mean_of_each(error.diff(dim=3).abs()) + mean_of_each(error.diff(dim=2).abs()))
             + w.kl * mean_of_each(kl.float())
         )
+        return loss if self.critic is None else loss + self._contest(self.critic, x, drawn, batch.get("step"))
+
+    def _contest(self, judge: nn.Module, x: Tensor, drawn: Tensor, step: Tensor | None) -> Tensor:
+        """The hinge losses of both sides in one sum; each side's gradient stops at the other's weights."""
+        frozen = {name: weight.detach() for name, weight in judge.named_parameters()}
+        fooled = -mean_of_each(torch.func.functional_call(judge, frozen, drawn).float())
+        real, false = judge(x).float(), judge(drawn.detach()).float()
+        judged = 0.5 * mean_of_each((1 - real).relu() + (1 + false).relu())
+        joined = 1.0 if step is None else (step >= self.weights.adversarial_after).float()
+        return joined * (self.weights.adversarial * fooled + judged)
+
+
+def critic(channels: int = 64) -> nn.Sequential:
+    """A discriminator that judges patches (Isola et al. 1611.07004, section 3.2.2), normalised by groups.
+
+    Pixels ``(B, 3, H, W)`` to opinions ``(B, 1, H/8, W/8)``, of at least one patch.
+    """
+    layers: list[nn.Module] = []
+    for n, width in enumerate((3, channels, 2 * channels)):
+        out = channels * 2**n
+        layers += [nn.Conv2d(width, out, 4, 2, 1), *([nn.GroupNorm(8, out)] if n else []), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(4 * channels, 1, 3, 1, 1))
 
 
 class AutoencoderTask:
@@ -65,7 +89,7 @@ class AutoencoderTask:
             speed_up_group_norm(self.vae)
         if config.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.module: nn.Module = ReconstructionLoss(self.vae, config.loss)
+        self.module: nn.Module = ReconstructionLoss(self.vae, config.loss).to(device)
         self.dataset = PixelSet(
             pictures=pictures,
             size=config.data.size,

@@ -45,20 +45,25 @@ class Encodings:
         """A function from captions, each one of these, to their contexts ``(B, L, D)``."""
 
         def make(places: list[int]) -> list[Entry]:
-            tokens = text.tokenize(self.model.tokenizer, [captions[place] for place in places])
             with torch.no_grad():
-                return [{"context": context} for context in text.encode(self.model.text_encoder, tokens)]
+                found = text.encode(self.model, text.tokenize(self.model, [captions[place] for place in places]))
+            return [{name: value[n] for name, value in found.items()} for n in range(len(places))]
 
         kept = self._captions.fill(self._caption_paths(captions), make, what="captions")
         places = {caption: place for place, caption in enumerate(captions)}
-        return lambda wanted: {"context": torch.stack([kept[places[caption]]["context"] for caption in wanted])}
+
+        def look_up(wanted: list[str]) -> Batch:
+            found = [kept[places[caption]] for caption in wanted]
+            return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
+
+        return look_up
 
     def note(self, shown: Shown, captions: Sequence[str]) -> str:
         """How large it is, and how much of it is there."""
-        vae, encoder = self.model.vae, self.model.text_encoder.config
+        vae, widths = self.model.vae, [encoder.config.hidden_size for encoder in self.model.text_encoders]
         cells = sum(view.width * view.height for _, view in shown) / networks.spatial_factor(vae) ** 2
         numbers = 2 * vae.config.latent_channels * cells
-        numbers += len(captions) * self.model.tokenizer.model_max_length * encoder.hidden_size
+        numbers += len(captions) * self.model.tokenizer.model_max_length * sum(widths)
         there = sum(path.is_file() for path in self._paths(shown))
         said = sum(path.is_file() for path in self._caption_paths(captions))
         note = f"{4 * numbers / 2**20:.1f} MiB in {self.folder}, {there:,} of {len(shown):,} views there"
@@ -77,9 +82,8 @@ class Encodings:
 
     @cached_property
     def _captions(self) -> Cache:
-        tokenizer = self.model.tokenizer
-        spelling = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.model_max_length}"
-        return Cache(self.folder, _digest(spelling, self.model.text_encoder))
+        spelling = " ".join(f"{t.backend_tokenizer.to_str()} {t.model_max_length}" for t in self.model.tokenizers)
+        return Cache(self.folder, _digest(f"{spelling} {self.model.zero_empty}", *self.model.text_encoders))
 
 
 def _facts(vae: Any) -> str:

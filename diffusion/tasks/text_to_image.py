@@ -17,7 +17,8 @@ from diffusion.data.captions import choose_caption, lead, variants
 from diffusion.data.dataset import Batch, LatentSet
 from diffusion.data.pixels import View
 from diffusion.data.source import Picture
-from diffusion.models import folder, networks, text
+from diffusion.models import adapters, embeddings, folder, lora, networks, text
+from diffusion.models.denoiser import predict
 from diffusion.models.folder import Forward, Model, Recipe
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import to_latents
@@ -32,14 +33,15 @@ class DenoisingLoss(nn.Module):
 
     def __init__(self, model: Model, weights: Loss) -> None:
         super().__init__()
-        self.unet, self.text_encoder = model.unet, model.text_encoder
+        self.unet, self.text_encoder, self.text_encoder_2 = model.unet, model.text_encoder, model.text_encoder_2
+        self.parts = model  # what ``text.encode`` reads
         self.encode = partial(to_latents, model.vae)  # not one of the modules that are trained and saved
         self.schedule, self.prediction, self.weights = model.schedule, model.prediction, weights
 
     def forward(self, batch: Batch) -> Tensor:
         # what the networks before have made of the picture and its caption, or make of them now
         w, x0, eps = self.weights, self._latents(batch), batch["noise"]
-        context = batch["context"] if "context" in batch else text.encode(self.text_encoder, batch["tokens"])
+        condition = batch if "context" in batch else batch | text.encode(self.parts, batch)
 
         # forward process: a time for each sample, and the picture at that time
         u = objectives.unit_time(w.density, batch["u"], w.density_mean, w.density_std)
@@ -49,13 +51,12 @@ class DenoisingLoss(nn.Module):
         x = (alpha * x0 + sigma * shown).contiguous(memory_format=torch.channels_last)
 
         # prediction
-        output = self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0].to(x0.dtype)
+        output = predict(self.unet, x, t, condition).to(x0.dtype)
 
         # weighted squared error
         error = (output - objectives.target(self.prediction, x0, eps, alpha, sigma)).square()
-        return (
-            mean_of_each(error) * objectives.loss_weight(w.weighting, self.prediction, alpha, sigma, w.gamma).flatten()
-        )
+        losses = mean_of_each(error) * batch.get("weight", torch.ones(()))
+        return losses * objectives.loss_weight(w.weighting, self.prediction, alpha, sigma, w.gamma).flatten()
 
     def _latents(self, batch: Batch) -> Tensor:
         if "latents" in batch:
@@ -70,9 +71,10 @@ class TextToImageTask:
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
         self.config = config
         self.model = _assemble(config, pictures)
-        self.model.vae.to(device).requires_grad_(False)
-        self.model.unet.to(device, memory_format=torch.channels_last).train()
-        self.model.text_encoder.to(device).train().requires_grad_(config.model.text_encoder is not None)
+        for network in self.model.networks.values():
+            network.to(device).eval()
+        self.model.unet.to(memory_format=torch.channels_last).train()
+        _choose_trained(self.model, config)
         if not config.train.compile:  # the compiler fuses group norm by itself
             speed_up_group_norm(self.model.unet)
         if config.train.gradient_checkpointing:
@@ -99,13 +101,13 @@ class TextToImageTask:
             seed=self.config.seed,
             offset_noise=self.config.loss.offset_noise,
             input_perturbation=self.config.loss.input_perturbation,
+            sizes=self.model.text_encoder_2 is not None,
             caption=self._caption,
             encode_text=self._text_encoding(),
         )
 
     def parameters(self) -> list[nn.Parameter]:
-        model = self.model
-        return [p for network in (model.unet, model.text_encoder, model.vae) for p in network.parameters()]
+        return [parameter for network in self.model.networks.values() for parameter in network.parameters()]
 
     def example(self, count: int) -> Batch:
         data, channels = self.config.data, self.model.vae.config.latent_channels
@@ -113,7 +115,8 @@ class TextToImageTask:
         latents = torch.zeros(count, channels, height // self.factor, width // self.factor)
         shown = {"latents": latents} if self.encodings else {"pixels": torch.zeros(count, 3, height, width)}
         extra = dict.fromkeys(("noise", "posterior", "perturbation"), latents)
-        return shown | extra | {"u": torch.full((count,), 0.5), **self._tokens([""] * count)}
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
+        return shown | extra | {"u": torch.full((count,), 0.5), "sizes": sizes, **self._tokens([""] * count)}
 
     def refuses(self, picture: Picture) -> str | None:
         trigger = self.config.data.captions.trigger
@@ -144,7 +147,11 @@ class TextToImageTask:
         return whole
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        folder.save_model(self.model, path, dtype)
+        m = self.config.model
+        if m.lora is not None or m.words:
+            adapters.save(self.model, path, str(m.base), kohya=m.lora is not None and m.lora.kohya)
+        else:
+            folder.save_model(self.model, path, dtype)
 
     def samples(self) -> list[Image.Image]:
         self.module.eval()
@@ -179,12 +186,13 @@ class TextToImageTask:
             raise ValueError(f"captions of {len(long)} pictures do not fit, first {long[0][0]}: {long[0][1]}")
 
     def _fits(self, caption: str) -> bool:
-        return len(self.model.tokenizer(caption, verbose=False).input_ids) <= self.model.tokenizer.model_max_length
+        return all(text.fits(tokenizer, caption) for tokenizer in self.model.tokenizers)
 
     def _captions(self) -> list[str]:
         """All captions that can occur, where a frozen encoder reads them and they can be counted; else none."""
         c = self.config.data.captions
-        if self.config.model.text_encoder is not None or c.keywords > 0 or c.fillers or c.shuffle_tags:
+        learning = any(p.requires_grad for encoder in self.model.text_encoders for p in encoder.parameters())
+        if learning or c.keywords > 0 or c.fillers or c.shuffle_tags:
             return []
         found = (caption for picture in self.pictures for caption in variants(picture, c.templates, c.trigger))
         return [caption for caption in dict.fromkeys(found) if self._fits(caption)]
@@ -194,7 +202,7 @@ class TextToImageTask:
         return self.encodings.captions(captions) if self.encodings and captions else self._tokens
 
     def _tokens(self, captions: list[str]) -> Batch:
-        return {"tokens": text.tokenize(self.model.tokenizer, captions)}
+        return text.tokenize(self.model, captions)
 
     # --- pictures
 
@@ -212,9 +220,30 @@ class TextToImageTask:
         ]
 
 
+def _choose_trained(model: Model, config: Config) -> None:
+    """Freeze everything but what the config trains: adapters, learnt words, or whole networks."""
+    m = config.model
+    for network in model.networks.values():
+        network.requires_grad_(False)
+    if m.lora is not None:
+        alpha = float(m.lora.rank) if m.lora.alpha is None else m.lora.alpha
+        lora.add(model.unet, lora.TARGETS[m.lora.targets], m.lora.rank, alpha, m.lora.dora)
+        for encoder in model.text_encoders if m.lora.text_encoder else ():
+            lora.add(encoder, lora.TEXT_TARGETS, m.lora.rank, alpha, m.lora.dora)
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True) if m.words else ():
+        words, vectors = {w.word: w.start for w in m.words}, {w.word: w.vectors for w in m.words}
+        embeddings.add(tokenizer, encoder, words, vectors)
+    if m.lora is None and not m.words:
+        model.unet.requires_grad_(True)
+        for encoder in model.text_encoders:
+            encoder.requires_grad_(m.text_encoder is not None or m.train_text_encoder)
+
+
 def _assemble(config: Config, pictures: list[Picture]) -> Model:
     """The parts that the config describes are built, the others are read from ``model.base``."""
     m = config.model
+    if (m.lora is not None or m.words) and m.base is None:
+        raise ValueError("model.lora and model.words are put on a finished model: name it in model.base")
     if m.base is not None:
         new = [name for name in ("autoencoder", "tokenizer", "text_encoder", "unet") if getattr(m, name) is not None]
         if new:

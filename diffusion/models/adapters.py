@@ -1,0 +1,73 @@
+"""What is put on a model after it was loaded: LoRA files, learnt words, and folders that hold either.
+
+recipe.json (names the base)  pytorch_lora_weights.safetensors  words/<word>.safetensors
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from diffusion.models import embeddings, lora
+from diffusion.models.folder import Model, write_json
+from diffusion.settings import ADAPTERS
+
+WORDS = "words"
+
+
+def apply(model: Model, path: str | Path, strength: float = 1.0) -> None:
+    """Merge a LoRA into the model's weights, or teach it a word, in place. ValueError if the file does not fit."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such LoRA or learnt word")
+    if _is_word(path):
+        _teach(model, path)
+    elif path.is_dir() and (path / WORDS).is_dir() and not (path / lora.FILE).is_file():
+        pass
+    else:
+        lora.read(path, _networks(model)).merge(_networks(model), strength)
+    for file in sorted((path / WORDS).glob("*.safetensors")) if path.is_dir() else ():
+        if not file.stem.endswith("-a1111"):
+            _teach(model, file)
+    model.adapters[str(path)] = strength
+
+
+def save(model: Model, path: Path, base: str, kohya: bool = False) -> None:
+    """Write the adapters and learnt words of a model in training as a folder of their own."""
+    path.mkdir(parents=True, exist_ok=True)
+    networks = _networks(model)
+    if any("lora_" in name for network in networks.values() for name, _ in network.named_parameters()):
+        lora.save(networks, path, kohya)
+    pairs = zip(model.tokenizers, model.text_encoders, strict=True)
+    tables = [embeddings.learnt(tokenizer, encoder) for tokenizer, encoder in pairs]
+    if tables[0]:
+        embeddings.save(tables, path / WORDS)
+    write_json(path / ADAPTERS, asdict(model.recipe) | {"base": base})
+
+
+def _networks(model: Model) -> Mapping[str, nn.Module]:
+    return {name: network for name, network in model.networks.items() if name != "vae"}
+
+
+def _teach(model: Model, file: Path) -> None:
+    word, vectors = embeddings.read(file)
+    if len(vectors) != len(model.text_encoders):
+        raise ValueError(
+            f"{file}: made for {len(vectors)} text encoders, and this model has {len(model.text_encoders)}"
+        )
+    for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, vectors, strict=True):
+        embeddings.add(tokenizer, encoder, {word: rows}, {word: len(rows)})
+        embeddings.finish(encoder)
+
+
+def _is_word(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as stored:
+            keys = set(stored.keys())
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    return len(keys) == 1 or keys == {"clip_l", "clip_g"}
