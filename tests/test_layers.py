@@ -1,6 +1,7 @@
 """The house rules of the package, read from its imports: they point down only, and each library has one home."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,13 @@ def targets_of(path: Path) -> set[str]:
 
 
 FILES = sorted(ROOT.rglob("*.py"))
+TRAPS = range(1, 25)  # the mistakes of other trainers that this one is tested for, by number
 COMMANDS = sorted(path for path in FILES if room_of(path) == "cli")
+
+
+def test_every_known_trap_has_a_test() -> None:
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert {int(number) for number in re.findall(r"^def test_trap_(\d+)_", tests, re.MULTILINE)} == set(TRAPS)
 
 
 def test_the_package_is_found() -> None:

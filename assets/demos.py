@@ -1,0 +1,106 @@
+"""The demonstrations of the README: draw with what was trained, measure it, and write the pictures.
+
+python train.py configs/lora.yaml && python assets/demos.py lora
+python train.py configs/textual_inversion.yaml && python assets/demos.py textual_inversion
+python train.py configs/dreambooth.yaml && python assets/demos.py dreambooth
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion import TextToImage
+from diffusion.data.source import read_folder
+from diffusion.evaluation import thumbnail
+from diffusion.images import make_grid
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "assets"
+# Things that assets/blueprint does not show.
+UNSEEN = """
+panda, red apple, bicycle, butterfly, guitar, elephant, crown, banana, snowman, teapot, pizza, airplane, cat, dog, tiger,
+octopus, turtle, penguin, owl, strawberry, pineapple, carrot, mushroom, cactus, rainbow, snowflake, moon, volcano, tent,
+bridge, train, bus, tractor, ship, anchor, trophy, balloon, gift, violin, trumpet, telephone, television, camera,
+computer, scissors, hammer, shield, hat, glasses, shoe
+"""
+
+
+def is_blueprint(image: Image.Image) -> bool:
+    """Blue paper with light lines: in the median pixel blue is 60 levels above red, and 2 to 40 % of them are light."""
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    red, _, blue = np.median(pixels, axis=0)
+    light = (pixels.min(axis=1) > 130).mean()
+    return bool(blue - red >= 60 and 0.02 <= light <= 0.4)
+
+
+def pictures(prompts: list[str], seed: int = 0, **load: object) -> list[Image.Image]:
+    """One try each."""
+    draw = TextToImage.load(**load)  # type: ignore[arg-type]
+    return [draw(prompt, seed=seed + n)[0] for n, prompt in enumerate(tqdm(prompts, leave=False))]
+
+
+def lora() -> None:
+    """50 unseen things in the style, without the adapter and with it."""
+    prompts = [f"blueprint of a {thing}" for thing in " ".join(UNSEEN.split()).split(", ")]
+    assert len(prompts) == 50
+    folder = str(ROOT / "runs/lora/model")
+    before, off = pictures(prompts), pictures(prompts, loras={folder: 0.0})
+    after = pictures(prompts, path=folder)
+    same = all(one.tobytes() == other.tobytes() for one, other in zip(before, off, strict=True))
+    for name, drawn in (("without", before), ("with", after)):
+        print(f"in the style {name} the LoRA: {sum(map(is_blueprint, drawn))} of {len(drawn)}")
+    print(f"at weight 0 the pictures equal those of the base model: {same}")
+    save("lora", [*before[:10], *after[:10], *after[10:20]], 10)
+
+
+def subject(name: str, word: str) -> None:
+    """The subject from 20 seeds, and how often it is nearer to the pictures of it than to any emoji."""
+    model = str(ROOT / f"runs/{name}/model")
+    zibs = [thumbnail(Image.open(file)) for file in sorted((ASSETS / "zib").glob("*.png"))]
+    emoji = [thumbnail(Image.open(picture.file)) for picture in read_folder(ROOT / "data/emoji")]
+    before = pictures(["alien monster"] * 4)
+    drawn = pictures([word] * 20, path=model)
+    hits = sum(nearest(image, zibs) < nearest(image, emoji) for image in drawn)
+    print(f"{word} is nearer to its pictures than to any emoji: {hits} of {len(drawn)}")
+    known = ["panda", "red apple", "rocket", "alien monster"]
+    kept, now = pictures(known), pictures(known, path=model)
+    print(
+        "known things, decibels between before and after:",
+        [round(psnr(*pair), 1) for pair in zip(kept, now, strict=True)],
+    )
+    save(name, [*before, *drawn[:6], *kept, *now[:4], *drawn[6:8]], 10)
+
+
+def nearest(image: Image.Image, among: list[npt.NDArray[np.float32]]) -> float:
+    """Mean squared error to the nearest."""
+    own = thumbnail(image)
+    return min(float(np.square(own - other).mean()) for other in among)
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Decibels between two pictures; infinite if they are equal."""
+    error = np.square(np.asarray(one, float) - np.asarray(other, float)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def save(name: str, images: list[Image.Image], columns: int) -> None:
+    """The picture of a demonstration."""
+    (ASSETS / "demos").mkdir(exist_ok=True)
+    grid = make_grid(images, columns=columns)
+    grid.quantize(128, dither=Image.Dither.NONE).save(ASSETS / "demos" / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["lora"]:
+            lora()
+        case ["textual_inversion"]:
+            subject("textual_inversion", "<zib>")
+        case ["dreambooth"]:
+            subject("dreambooth", "zib")
+        case _:
+            sys.exit(f"usage: {__doc__}")
