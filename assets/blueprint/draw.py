@@ -145,7 +145,7 @@ def main() -> None:
     folder = Path(__file__).parent
     for name, lines in THINGS.items():
         sheet(lines).save(folder / f"{name}.png", optimize=True)
-    rows = [json.dumps({"file_name": f"{name}.png", "text": f"blueprint of a {name}"}) for name in THINGS]
+    rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in THINGS]
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
