@@ -20,7 +20,7 @@ from diffusion.images import make_grid
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "assets"
-# Things that assets/blueprint does not show.
+# Things that assets/delft does not show.
 UNSEEN = """
 panda, red apple, bicycle, butterfly, guitar, elephant, crown, banana, snowman, teapot, pizza, airplane, cat, dog,
 tiger, octopus, turtle, penguin, owl, strawberry, pineapple, carrot, mushroom, cactus, rainbow, snowflake, moon, tent,
@@ -29,12 +29,13 @@ camera, computer, scissors, hammer, shield, hat, glasses, shoe
 """
 
 
-def is_blueprint(image: Image.Image) -> bool:
-    """Blue paper with light lines: in the median pixel blue is 60 levels above red, and 2 to 40 % of them are light."""
-    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
-    red, _, blue = np.median(pixels, axis=0)
-    light = (pixels.min(axis=1) > 130).mean()
-    return bool(blue - red >= 60 and 0.02 <= light <= 0.4)
+def is_delft(image: Image.Image) -> bool:
+    """Blue on white: the frame is light, and four fifths of what is painted are bluer than red by 15 levels."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    frame = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
+    paint = pixels[pixels.min(axis=2) < 215]
+    blue = paint[:, 2] - paint[:, 0] >= 15
+    return bool(np.median(frame) >= 225 and len(paint) >= 0.03 * pixels[..., 0].size and blue.mean() >= 0.8)
 
 
 def pictures(prompts: list[str], seed: int = 0, **load: object) -> list[Image.Image]:
@@ -52,13 +53,13 @@ def lora() -> None:
     after = pictures(prompts, path=folder)
     same = all(one.tobytes() == other.tobytes() for one, other in zip(before, off, strict=True))
     for name, drawn in (("without", before), ("with", after)):
-        print(f"in the style {name} the LoRA: {sum(map(is_blueprint, drawn))} of {len(drawn)}")
+        print(f"in the style {name} the LoRA: {sum(map(is_delft, drawn))} of {len(drawn)}")
     print(f"at weight 0 the pictures equal those of the base model: {same}")
     save("lora", [*before[:10], *after[:10], *after[10:20]], 10)
 
 
 def subject(name: str, word: str) -> None:
-    """The subject from 20 seeds: how often it is nearer to the pictures of it than to any emoji, or at least as green."""
+    """The subject from 20 seeds: how often it is nearer to its pictures than to any emoji, or at least as green."""
     model = str(ROOT / f"runs/{name}/model")
     zibs = np.stack([thumbnail(Image.open(file)) for file in sorted((ASSETS / "zib").glob("*.png"))])
     emoji = np.stack([thumbnail(Image.open(picture.file)) for picture in read_folder(ROOT / "data/emoji")])
@@ -66,9 +67,8 @@ def subject(name: str, word: str) -> None:
     drawn = pictures([word] * 20, path=model)
     hits = sum(nearest(image, zibs) < nearest(image, emoji) for image in drawn)
     print(f"{word} is nearer to its pictures than to any emoji: {hits} of {len(drawn)}")
-    print(
-        f"{word} is green like them: {sum(map(is_green, drawn))} of {len(drawn)}; before: {sum(map(is_green, before))} of 4"
-    )
+    green, were = (sum(map(is_green, some)) for some in (drawn, before))
+    print(f"{word} is green like them: {green} of {len(drawn)}; before: {were} of {len(before)}")
     known = ["panda", "red apple", "rocket", "alien monster"]
     kept, now = pictures(known), pictures(known, path=model)
     print(

@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIDE, SCALE = 128, 4
-PAPER, GRID, LINE = (28, 62, 140), (52, 90, 170), (238, 244, 255)
+LINE = (22, 44, 120)
+PAINTS = [(70, 110, 200), (168, 196, 240), (40, 72, 164), (120, 156, 222), (206, 222, 248), (92, 132, 210)]
 
 Point = tuple[float, float]
 
@@ -126,16 +127,15 @@ THINGS: dict[str, list[list[Point]]] = {
 }
 
 
-def sheet(lines: list[list[Point]]) -> Image.Image:
+def tile(number: int, lines: list[list[Point]]) -> Image.Image:
     """One picture, drawn large and made smaller, so that its edges are clean."""
     side = SIDE * SCALE
-    picture = Image.new("RGB", (side, side), PAPER)
+    picture = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(picture)
-    for place in range(0, side, 16 * SCALE):
-        pen.line([(place, 0), (place, side)], GRID, SCALE)
-        pen.line([(0, place), (side, place)], GRID, SCALE)
-    for line in lines:
+    for n, line in enumerate(lines):
         points = [(x / 100 * side, y / 100 * side) for x, y in line]
+        if math.dist(line[0], line[-1]) < 1:
+            pen.polygon(points, PAINTS[(number + n) % len(PAINTS)])
         pen.line(points, LINE, 3 * SCALE, joint="curve")
     return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
@@ -143,8 +143,8 @@ def sheet(lines: list[list[Point]]) -> Image.Image:
 def main() -> None:
     """Write the pictures and their captions beside this file."""
     folder = Path(__file__).parent
-    for name, lines in THINGS.items():
-        sheet(lines).save(folder / f"{name}.png", optimize=True)
+    for number, (name, lines) in enumerate(THINGS.items()):
+        tile(number, lines).save(folder / f"{name}.png", optimize=True)
     rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in THINGS]
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
