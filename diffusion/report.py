@@ -48,9 +48,16 @@ def write_card(model: Path, name: str, recipe: Mapping[str, Any], config: str, s
     samples.save(model / "samples.png")
     prompts = "\n".join(f"- {prompt}" for prompt in recipe["prompts"])
     asked = f"\nThe pictures, row by row, with seed 0:\n\n{prompts}\n" if prompts else ""
-    text = CARD.format(name=name, config=config.strip(), asked=asked, **{k: recipe[k] for k in ("width", "height")},
-                       trained_on=recipe["trained_on"], steps=recipe["steps"], sampler=recipe["sampler"],
-                       guidance_scale=recipe["guidance_scale"])  # fmt: skip
+    kind, stock = "A text-to-image model of", "The folder is in the layout of diffusers, whose pipelines read it too."
+    if recipe.get("base"):
+        kind = f"What is put on the text-to-image model `{recipe['base']}`, of"
+        stock = (
+            "`python generate.py -m another/model --lora path/to/this/folder:0.8` puts it on another model. diffusers\n"
+            "reads it by `load_lora_weights`, and what is in `words/` by `load_textual_inversion`."
+        )
+    names = ("width", "height", "trained_on", "steps", "sampler", "guidance_scale")
+    facts = {name: recipe[name] for name in names}
+    text = CARD.format(name=name, config=config.strip(), asked=asked, kind=kind, stock=stock, **facts)
     (model / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -166,14 +173,14 @@ pipeline_tag: text-to-image
 
 ![Samples](samples.png)
 {asked}
-A text-to-image model of {width}x{height} pictures, trained on {trained_on}. Its own defaults are {steps} steps of
+{kind} {width}x{height} pictures, trained on {trained_on}. Its own defaults are {steps} steps of
 {sampler} at guidance {guidance_scale}:
 
 ```
 python generate.py -m path/to/this/folder "a prompt"
 ```
 
-The folder is in the layout of diffusers; `StableDiffusionPipeline.from_pretrained` reads it too.
+{stock}
 
 ## The run
 

@@ -36,6 +36,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     """
     # what is trained, on what, and in which portions
     accelerator = _accelerator(config)
+    if accelerator.distributed_type == DistributedType.FSDP and (config.model.lora is not None or config.model.words):
+        raise ValueError("FSDP shards whole networks; adapters are small: launch with configs/accelerate/ddp.yaml")
     share = plan.share(config, accelerator.process_index, accelerator.num_processes)
     if config.data.prior is not None:
         with accelerator.main_process_first():

@@ -35,12 +35,12 @@ def draw_missing(config: Config, *, quiet: bool = False) -> None:
         raise ValueError("data.prior is drawn by model.base: name it, or give data.prior.path")
     folder = prior_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"file_name": _name(seed), "text": prior.prompt}) for seed in range(prior.count)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     draw = TextToImage.load(config.model.base)
     for seed in tqdm(seeds, desc="drawing the prior", unit="img", leave=False, disable=quiet):
         (image,) = draw(prior.prompt, seed=seed)
         save_image(image, folder / _name(seed))
-    rows = [json.dumps({"file_name": _name(seed), "text": prior.prompt}) for seed in range(prior.count)]
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def read_prior(config: Config, pictures: list[Picture]) -> list[Picture]:
