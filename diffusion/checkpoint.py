@@ -96,7 +96,8 @@ def _seal(stage: Path, final: Path, step: int, state: Mapping[str, Any]) -> None
 
 
 def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
+    sealed = [path for path in sorted(folder.glob("step-*")) if (path / MANIFEST).is_file()]
+    for old in sealed[:-keep_last]:
         if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
             shutil.rmtree(old)
 

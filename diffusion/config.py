@@ -22,7 +22,8 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Network = dict[str, Any]  # keyword arguments of a network class; checked against its signature when it is built
 
 
@@ -140,7 +141,9 @@ class Loss:
     weighting: Annotated[Literal["uniform", "min_snr"], "loss weight over noise levels"] = "uniform"
     gamma: Annotated[Annotated[float, Field(gt=0)], "min-SNR ceiling (2303.09556)"] = 5.0
     density: Annotated[Literal["uniform", "logit_normal"], "distribution of training times"] = "uniform"
-    density_mean: Annotated[float, "logit-normal mean: above 0 trains more at high noise"] = 0.0
+    density_mean: Annotated[
+        Annotated[float, Field(allow_inf_nan=False)], "logit-normal mean: above 0 trains more at high noise"
+    ] = 0.0
     density_std: Annotated[Annotated[float, Field(gt=0)], "logit-normal width"] = 1.0
     offset_noise: Annotated[Rate, "size of noise that is one number a channel, so that brightness is learnt too"] = 0.0
     input_perturbation: Annotated[Rate, "size of noise that only the network's input gets (2301.11706)"] = 0.0
@@ -213,7 +216,7 @@ class Config:
     """One training run."""
 
     task: Annotated[Literal["autoencoder", "text_to_image"], "what is trained"]
-    name: Annotated[str, "the run writes to <output>/<name>/"]
+    name: Annotated[Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")], "the run writes to <output>/<name>/"]
     data: Annotated[Data, "pictures and captions"]
     seed: Annotated[Count, "names every random draw of the run"] = 0
     output: Annotated[str, "folder of all runs"] = "runs"
@@ -234,6 +237,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise ValueError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key")
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
             seen.add(key)
@@ -252,12 +257,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: no such config file{_suggest_file(path)}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        if not isinstance(tree, dict):
+            raise ValueError(f"expected a mapping of keys, got {type(tree).__name__}")
         for override in overrides:
             _apply(tree, override)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected a mapping of keys, got {type(tree).__name__}")
     return validate(tree, str(path))
 
 
@@ -275,6 +280,16 @@ def validate(tree: dict[str, Any], source: str = "config") -> Config:
 def dump(config: Config) -> str:
     """The config as YAML that ``load`` reads back to an equal Config."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run cannot change when it goes on: what is drawn, learnt and kept; dotted path -> value."""
+    tree = asdict(config)
+    kept: dict[str, Any] = {"task": tree["task"], "seed": tree["seed"]}
+    for section, free in (("data", {"path", "cache"}), ("model", {"base", "autoencoder"}), ("loss", set())):
+        kept |= {f"{section}.{name}": value for name, value in tree[section].items() if name not in free}
+    kept |= {f"train.{name}": tree["train"][name] for name in ("batch_size", "optimizer")}
+    return json.loads(json.dumps(kept))
 
 
 def documented_fields(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:

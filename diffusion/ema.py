@@ -16,9 +16,8 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float, every: int = 1) -> None:
         self.decay, self.every = decay, every
-        self.weights: dict[str, Tensor] = {
-            n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad
-        }
+        kept = module.named_parameters() if decay > 0 else ()
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in kept if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

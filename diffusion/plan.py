@@ -65,6 +65,10 @@ def read_source(config: Config) -> Source:
         return Source(pictures=pictures + prior, held_out=held_out, left_out={})
     shape_of = partial(nearest, among=_shapes(data)) if data.buckets else None
     kept, left_out = leave_out_small(pictures + prior, data.size, shape_of)
+    if not kept:
+        raise ValueError(
+            f"all {len(pictures)} pictures are smaller than data.size {data.size}: lower it, or set data.upscale=true"
+        )
     held_out, unseen = leave_out_small(held_out, data.size, shape_of)
     return Source(pictures=kept, held_out=held_out, left_out=left_out | unseen)
 

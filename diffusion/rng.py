@@ -4,7 +4,8 @@ A draw is a pure function of ``(seed, purpose, a, b, c)``. ``(seed, purpose)`` h
 Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"); the three integers, for instance sample,
 visit and step, fill the high words of its 256-bit counter. Two names never share a block, nothing is ever advanced,
 so there is no state to save: the values are the same on every device, in any order, for any batch and any number of
-processes. Only raw bits come from numpy; the transforms below are ours, so a numpy release cannot move a draw.
+processes. Only raw bits come from numpy; the transforms below are ours, and equal on all machines but for the last bit
+of its logarithm and cosine.
 """
 
 import hashlib

@@ -2,10 +2,11 @@
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from diffusion import checkpoint, optimizers, report, tasks, validation
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
 from diffusion.config import Config
+from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
 from diffusion.images import make_grid
@@ -54,20 +56,26 @@ class Run:
         self.history = validation.History(self.folder / "validation.jsonl")
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
 
     # --- beginning and end
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint, if there is one. Returns the step to go on with."""
+        """Load the newest whole checkpoint, if there is one. Returns the step to go on with.
+
+        ValueError, with nothing changed, if the checkpoint is of another run: of other data, networks or draws.
+        """
         path = checkpoint.latest(self.folder / "checkpoints")
-        if path is None:
+        found = checkpoint.read(path, self._alike) if path is not None else None
+        if found is not None:
+            self._check_same(found.state)
+        if self.main:
+            (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
+        if found is None:
             self._forget_after(0)  # a run that was killed before its first checkpoint has left its metrics
             return 0
-        found = checkpoint.read(path, self._alike)
         self.task.module.load_state_dict(dict(found.tensors["weights"]))
         for name, weight in self.ema.weights.items():
-            weight.copy_(found.tensors["ema"][name])
+            weight.copy_(found.tensors["ema"].get(name, self._parameters[name].detach()))
         optimizers.load_state(
             self.optimizer, self.task.module, found.tensors["optimizer"], found.state.get("optimizer", ())
         )
@@ -78,6 +86,22 @@ class Run:
         self._forget_after(self.checkpointed)
         self.say(f"resuming {self.folder} at step {self.checkpointed}")
         return self.checkpointed
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        before, now = state.get("made_by", {}), configs.identity(self.config)
+        changed = [name for name in before if before[name] != now.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{self.folder} was begun with {name}={before[name]!r} and cannot go on with {now.get(name)!r}"
+                + (f" (nor with another {', '.join(changed[1:])})" if changed[1:] else "")
+                + ": set it back, or give the run another name"
+            )
+        if state["step"] > self.config.train.steps:
+            raise ValueError(
+                f"{self.folder} is at step {state['step']:,} already, beyond train.steps {self.config.train.steps:,}: "
+                "raise it, or give the run another name"
+            )
 
     def steps(self, first: int, quiet: bool) -> Iterator[int]:
         """The steps to do, with a progress bar; ends early, at a step's end, on SIGTERM or Ctrl-C."""
@@ -95,6 +119,15 @@ class Run:
                     raise KeyboardInterrupt
         self.save(total)
 
+    def next(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The next batch. OSError, with the state saved, if a file of it cannot be read."""
+        try:
+            return next(batches)
+        except ValueError as error:
+            if self.accelerator.num_processes == 1:
+                self.save(step)
+            raise OSError(str(error)) from None
+
     # --- after each step
 
     def check_finite(self, step: int, loss: Tensor, norm: Tensor | None, seen: list[tuple[Tensor, Tensor]]) -> None:
@@ -109,11 +142,12 @@ class Run:
             return
         self.save(step)
         ids, losses = (torch.cat(parts).tolist() for parts in zip(*seen, strict=True))
-        culprits = {i for i, one in zip(ids, losses, strict=True) if not math.isfinite(one)} or set(ids)
-        files = self.feed.files(culprits)
+        own = self.feed.files({i for i, one in zip(ids, losses, strict=True) if not math.isfinite(one)})
+        files = sorted({file for some in self.gather(own) for file in some})
+        look = f", or look at {', '.join(files[:8])}" if files else ""
         raise FloatingPointError(
-            f"step {step}: the loss or its gradient is not finite; nothing was updated, and {self.folder} holds "
-            f"the state before it. Lower train.lr, set train.precision=fp32, or look at {', '.join(files[:8])}"
+            f"step {step}: the {'loss' if files else 'gradient'} is not finite; nothing was updated, and {self.folder} "
+            f"holds the state before it. Lower train.lr, set train.precision=fp32{look}"
             + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         )
 
@@ -141,6 +175,7 @@ class Run:
         }
         feeds = self.gather(self.feed.state())
         state = {"step": step, "optimizer": optimizers.state_numbers(self.optimizer), "feeds": feeds}
+        state["made_by"] = configs.identity(self.config)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         if self.main or checkpoint.is_sharded(groups):
@@ -156,9 +191,20 @@ class Run:
         with self._shipped():
             finished = self.task.gathered()
             if finished is not None and self.main:
-                finished.save(self.folder / "model", STORED[self.config.train.save_dtype])
+                self._replace("model", finished)
                 self._show(step, make_grid(finished.samples(), columns=8))
         self.accelerator.wait_for_everyone()
+
+    def _replace(self, name: str, finished: tasks.Task) -> None:
+        """Write a model folder aside and put it in its place: whoever reads it finds it whole."""
+        stage, final, old = (self.folder / path for path in (f".{name}.part", name, f".{name}.old"))
+        for left in (stage, old):
+            shutil.rmtree(left, ignore_errors=True)
+        finished.save(stage, STORED[self.config.train.save_dtype])
+        if final.exists():
+            final.rename(old)
+        stage.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _show(self, step: int, grid: Image.Image) -> None:
         """Samples, the model's card and the report."""
@@ -194,7 +240,7 @@ class Run:
             best = self.history.add(step, losses) if self.main else False
             finished = self.task.gathered() if self._any(best) else None
             if finished is not None and self.main:
-                finished.save(self.folder / "best", STORED[self.config.train.save_dtype])
+                self._replace("best", finished)
         if self.main and (verdict := self.history.verdict()) is not None and not self.warned:
             self.warned = True
             self.say(verdict)

@@ -75,7 +75,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         # gradients: the mean over the whole batch, however it is split
         loss, seen = torch.zeros((), device=accelerator.device), []
         for micro in range(share.accumulation):
-            batch = {name: tensor.to(accelerator.device) for name, tensor in next(batches).items()}
+            batch = {name: tensor.to(accelerator.device) for name, tensor in run.next(batches, step).items()}
             batch["step"] = torch.tensor(step, device=accelerator.device)
             last = micro == share.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():

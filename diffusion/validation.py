@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,21 @@ class Probe:
         self, module: nn.Module, device: torch.device, autocast: Callable[[], AbstractContextManager], batch_size: int
     ) -> list[float]:
         """The mean loss of each bin of noise levels, from the least noise to the most."""
-        losses = []
-        for start in range(0, len(self.visits), batch_size):
-            batch = self.dataset.__getitems__(self.visits[start : start + batch_size])
+        losses = torch.zeros(len(self.visits))
+        for places in self._batches(batch_size):
+            batch = self.dataset.__getitems__([self.visits[place] for place in places])
             with autocast():
-                losses.append(module({name: tensor.to(device) for name, tensor in batch.items()}).float())
-        return torch.cat(losses).view(BINS, -1).mean(dim=1).tolist()
+                losses[places] = module({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
+        return losses.view(BINS, -1).mean(dim=1).tolist()
+
+    def _batches(self, batch_size: int) -> Iterator[list[int]]:
+        """Places of visits, those of one shape together."""
+        shapes = defaultdict(list)
+        for place, (index, _) in enumerate(self.visits):
+            shapes[self.dataset.shape_of(index)].append(place)
+        for places in shapes.values():
+            for start in range(0, len(places), batch_size):
+                yield places[start : start + batch_size]
 
 
 class History:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, draw, psnr, save, stock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from diffusion.data.pixels import View
 from diffusion.data.source import read_folder
 from diffusion.models import embeddings, lora
 from diffusion.models.folder import load_model
+from families import FAMILIES, draw, psnr, save, stock
 
 
 @pytest.fixture(scope="module")

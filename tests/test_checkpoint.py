@@ -74,3 +74,10 @@ def test_a_stage_that_was_left_behind_is_no_checkpoint(tmp_path):
     (stage / "manifest.json").write_text(json.dumps({"step": 9, "sha256": {}}))
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_trap_19_pruning_never_counts_what_is_not_whole(tmp_path):
+    checkpoint.write(tmp_path, 1, some(1.0))
+    (tmp_path / "step-00000003").mkdir()
+    checkpoint.write(tmp_path, 2, some(2.0), keep_last=1)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000002"

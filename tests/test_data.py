@@ -119,8 +119,23 @@ def test_small_pictures_are_left_out_by_name(folder):
     kept, left_out = leave_out_small(read_folder(folder), 16)
     assert len(kept) == 6
     assert left_out == {str(folder / "3.png"): "16x9 is smaller than 16x16"}
-    with pytest.raises(ValueError, match="all 7 pictures are smaller"):
-        leave_out_small(read_folder(folder), 17)
+    assert leave_out_small(read_folder(folder), 17)[0] == []
+
+
+def test_splits_of_other_tools_are_never_trained_on(tmp_path):
+    rows = [
+        {"file_name": f"{n}.png", "text": "x", "split": split}
+        for n, split in enumerate(("train", "validation", "test"))
+    ]
+    written(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, rows)), "0.png": None, "1.png": None, "2.png": None})
+    assert [len(read_folder(tmp_path, split)) for split in ("train", "held_out")] == [1, 2]
+    for row, message in (
+        ({"split": "dev"}, "split must be train"),
+        ({"keywords": "red, fruit"}, "keywords must be a list"),
+    ):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "x"} | row))
+        with pytest.raises(ValueError, match=message):
+            read_folder(tmp_path)
 
 
 def test_the_ledger_counts_every_visit(folder, tmp_path_factory):

@@ -157,8 +157,7 @@ def test_shards_come_over_http_too(shards, tmp_path):
 def streamed(home, shards, name, **train):
     run = denoiser(home, name, **train)
     run.data.path, run.data.cache = shards, False
-    run.model.base = str(home / "runs/straight/model")
-    run.model.autoencoder = run.model.tokenizer = run.model.text_encoder = run.model.unet = None
+    run.model = type(run.model)(base=str(home / "runs/straight/model"))
     return run
 
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, rng, tasks, trainer
+from diffusion.cli import main as cli
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
@@ -394,7 +396,7 @@ def frozen(home, name, **data):
     """A run that trains the U-Net of a finished model, with captions that can be counted."""
     run = denoiser(home, name)
     run.model.base = str(home / "runs/straight/model")
-    run.model.autoencoder = run.model.tokenizer = run.model.text_encoder = run.model.unet = None
+    run.model = type(run.model)(base=run.model.base)
     run.data.captions.keywords, run.data.captions.fillers = 0.0, []
     run.data.captions.templates = ["{}", "a {}"]
     for field, value in data.items():
@@ -563,3 +565,99 @@ def test_trap_23_weights_that_are_mapped_into_memory_are_not_written_over(straig
     assert all(torch.equal(mapped[name], before[name]) for name in before)
     assert not torch.equal(load_vae(tmp_path).quant_conv.weight.float(), before["quant_conv.weight"].float())
     assert (folder / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044 == 0o044, "others may read it"
+
+
+def test_validation_measures_pictures_of_any_shape(home, straight, tmp_path):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for n, size in enumerate([(32, 32), (64, 16), (16, 64)]):
+        Image.new("RGB", size, (50 * n, 255 - 50 * n, 90)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    run = frozen(home, "probed-shapes", path=str(folder), buckets=True, bucket_step=8, bucket_ratio=4.0)
+    run.data.captions.templates, run.train.validate_every = [], 3
+    trainer.train(run, quiet=True)
+    rows = [json.loads(line) for line in (run.folder / "validation.jsonl").open()]
+    assert all(len(row["bins"]["train"]["raw"]) == 8 and row["train"]["raw"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"sampler": "dpmpp2mm"}, "unknown sampler"),
+        ({"steps": 5000}, "noise levels"),
+        ({"prompts": ["a b c " * 9]}, "tokens"),
+    ],
+)
+def test_a_recipe_that_cannot_be_drawn_is_told_before_training(home, recipe, message):
+    run = denoiser(home, "bad-recipe")
+    for name, value in recipe.items():
+        setattr(run.recipe, name, value)
+    with pytest.raises(ValueError, match=f"recipe: .*{message}"):
+        trainer.train(run, quiet=True)
+    assert not run.folder.exists()
+
+
+def test_a_run_cannot_go_on_as_another_one(home):
+    run = denoiser(home, "identity", steps=4)
+    trainer.train(run, quiet=True)
+    before = (run.folder / "config.yaml").read_text()
+    for change, message in (
+        ({"batch_size": 4}, r"begun with train\.batch_size=8 and cannot go on with 4"),
+        ({"optimizer": "muon"}, r"train\.optimizer='adamw'"),
+        ({"steps": 2}, r"at step 4 already, beyond train\.steps 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(denoiser(home, "identity", **({"steps": 4} | change)), quiet=True)
+    assert (run.folder / "config.yaml").read_text() == before
+    trainer.train(denoiser(home, "identity", steps=6, lr=1e-4), quiet=True)
+
+
+def test_averages_that_are_turned_on_later_begin_at_the_weights(home):
+    trainer.train(denoiser(home, "no-average", steps=3, ema=0), quiet=True)
+    before = weights(home / "runs/no-average")["weights"]
+    run = denoiser(home, "no-average", steps=4, ema=0.999)
+    trainer.train(run, quiet=True)
+    after, decay = weights(run.folder), 1 - 5**-0.75
+    for name, average in after["ema"].items():
+        assert torch.allclose(average, before[name].lerp(after["weights"][name], 1 - decay), atol=1e-6), name
+
+
+def test_a_base_keeps_its_forward_process(home, straight):
+    run = frozen(home, "forward")
+    run.model.beta_schedule = "cosine"
+    with pytest.raises(ValueError, match=r"model\.base brings its own model\.beta_schedule"):
+        trainer.train(run, quiet=True)
+
+
+def test_an_unreadable_picture_in_the_loop_saves_and_exits_with_1(home, straight, tmp_path, capsys):
+    folder = tmp_path / "album"
+    shutil.copytree(home, folder, ignore=shutil.ignore_patterns("runs*", "*.yaml"))
+    run = autoencoder(home)
+    run.name, run.data.path, run.output = "unreadable", str(folder), str(tmp_path / "runs")
+    run.train.steps, run.data.upscale = 20, True
+    (folder / "cyan.png").write_bytes((folder / "cyan.png").read_bytes()[:60])
+    (tmp_path / "run.yaml").write_text(config.dump(run))
+    assert cli(["train", str(tmp_path / "run.yaml")]) == 1
+    assert "cyan.png: cannot be read as a picture" in capsys.readouterr().err
+    assert checkpoint.latest(run.folder / "checkpoints") is not None
+
+
+def test_ctrl_c_with_workers_saves_and_goes_on(home):
+    run = denoiser(home, "interrupted", workers=1, micro_batch=1, steps=3000, sample_every=0)
+    words, environment = command(home, run)
+    with subprocess.Popen(
+        words,
+        env=environment,
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not (run.folder / "metrics.jsonl").is_file() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said[-500:]
+    assert "the same command goes on from there" in said
+    assert checkpoint.latest(run.folder / "checkpoints") is not None

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from diffusion.cli.flags import Parser, whole
 
+PARAPHRASES = Path("assets/emoji/paraphrases.jsonl")
+
 
 def run(argv: Sequence[str]) -> int:
     """Parse, measure, print; exit code 0, or 2 for a request that cannot be met."""
     parser = Parser(prog="diffusion evaluate", description=__doc__)
     parser.add_argument("model", nargs="*", help="model folder or name (default: emoji)")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="image folder with a held_out split")
-    parser.add_argument(
-        "--paraphrases", type=Path, default=Path("assets/emoji/paraphrases.jsonl"), help="JSON lines of prompt and text"
-    )
+    parser.add_argument("--paraphrases", type=Path, default=PARAPHRASES, help="JSON lines of prompt and text")
     parser.add_argument("--count", type=whole, default=200, help="training captions to ask")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the first picture and of the choice of captions")
     parser.add_argument("--device", default=None)
@@ -43,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         name = args.model[0] if args.model else "emoji"
         find_model(name)
+        if args.paraphrases != PARAPHRASES and not args.paraphrases.is_file():
+            raise ValueError(f"{args.paraphrases}: no such file of paraphrases")
         for split in ("train", "held_out"):  # told before a model is loaded
             read_folder(args.data, split)
         model = TextToImage.load(name, args.device, args.dtype)

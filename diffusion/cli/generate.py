@@ -222,7 +222,12 @@ def parser(prog: str) -> Parser:
     add("-H", "--height", type=whole, help=f"in pixels ({own})")
     add("--size", type=size, metavar="WxH", help="both at once, for instance 128x64")
     add("--num-images", type=whole, default=1, metavar="N", help="pictures of each prompt (default: 1)")
-    add("--batch-size", type=whole, metavar="N", help="pictures drawn at once (default: what fits); changes no picture")
+    add(
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="pictures drawn at once (default: what fits)",
+    )
     add("--device", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)")
     switch("--json", help="one JSON event a line on stdout: start, step, image, warning, error")

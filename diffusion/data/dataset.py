@@ -44,6 +44,10 @@ class PixelSet:
     def __getitems__(self, visits: Sequence[Visit]) -> Batch:
         return self.collate([(self.pictures[index], number) for index, number in visits])
 
+    def shape_of(self, index: int) -> tuple[int, int]:
+        """Width and height of what a picture gives."""
+        return self.crop, self.crop
+
     def collate(self, visited: Sequence[Visited]) -> Batch:
         """A batch of these visits."""
         pictures, numbers = [picture for picture, _ in visited], [number for _, number in visited]
@@ -93,6 +97,11 @@ class LatentSet:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def shape_of(self, index: int) -> tuple[int, int]:
+        """Width and height of what a picture gives: only equal ones go into one batch."""
+        view = self.views(self.pictures[index])[0]
+        return view.width, view.height
 
     def __getitems__(self, visits: Sequence[Visit]) -> Batch:
         places = [index for index, _ in visits]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,10 @@ class FolderFeed:
         visits = batches(
             self.order, first_step, steps, share.batch_size, share.micro_batch, share.process, share.processes
         )
-        return iter(DataLoader(dataset, batch_sampler=visits, collate_fn=dict, num_workers=share.workers))
+        loader = DataLoader(
+            dataset, batch_sampler=visits, collate_fn=dict, num_workers=share.workers, worker_init_fn=_ignore_interrupts
+        )
+        return iter(loader)
 
     def files(self, ids: Iterable[int]) -> list[str]:
         wanted = set(ids)
@@ -87,6 +91,11 @@ class FolderFeed:
         write_lines(
             file, [{"file": str(picture.file), "visits": int(count)} for picture, count in pairs], self.left_out
         )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches workers too; the loop has still to finish its step with what they make."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> None:

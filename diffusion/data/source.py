@@ -18,6 +18,7 @@ from diffusion import rng
 from diffusion.data.pixels import View, look, read_rgb, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+HELD_OUT = ("held_out", "validation", "valid", "test")
 Row = dict[str, Any]
 
 
@@ -77,7 +78,7 @@ def read_folder(
     pictures = []
     for where, row in _rows(folder, source):
         try:
-            if row.get("split", "train") == split:
+            if _split(row) == split:
                 pictures.append(_picture(folder, row, group))
         except (KeyError, AttributeError, TypeError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
@@ -97,12 +98,7 @@ def leave_out_small(
     """
     reasons = ((str(picture.file), too_small(picture, size, shape_of)) for picture in pictures)
     small = {file: reason for file, reason in reasons if reason is not None}
-    kept = [picture for picture in pictures if str(picture.file) not in small]
-    if pictures and not kept:
-        raise ValueError(
-            f"all {len(pictures)} pictures are smaller than data.size {size}: lower it, or set data.upscale=true"
-        )
-    return kept, small
+    return [picture for picture in pictures if str(picture.file) not in small], small
 
 
 def too_small(
@@ -224,14 +220,25 @@ def _picture(folder: Path, row: Row, group: str | None) -> Picture:
         raise TypeError("text must be a caption or a list of captions")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise TypeError(f"weight must be a number above 0, got {weight!r}")
+    keywords = row.get("keywords", ())
+    if isinstance(keywords, str) or not all(isinstance(word, str) for word in keywords):
+        raise TypeError("keywords must be a list of words")
     return Picture(
         file=folder / name,
         texts=tuple(texts),
-        keywords=tuple(row.get("keywords", ())),
+        keywords=tuple(keywords),
         group=str(row[group]) if group is not None else name,
         weight=float(weight),
         id=rng.name_id(name),
     )
+
+
+def _split(row: Row) -> str:
+    """``train`` or ``held_out``, which other tools call ``validation`` or ``test``."""
+    split = row.get("split", "train")
+    if split not in ("train", *HELD_OUT):
+        raise TypeError(f"split must be train or one of {', '.join(HELD_OUT)}, got {split!r}")
+    return "held_out" if split in HELD_OUT else split
 
 
 def _check(folder: Path, pictures: Sequence[Picture]) -> None:

@@ -80,9 +80,16 @@ class Forward:
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "Forward":
         """Read a ``scheduler_config.json``; a key that is absent has the meaning diffusers gives to its absence."""
+        kind = config.get("_class_name", "DDIMScheduler")
+        if kind.startswith(("FlowMatch", "EDM", "ScoreSde", "Karras", "VQ", "UnCLIP")):
+            raise ValueError(f"scheduler_config.json: {kind} describes another forward process than Stable Diffusion's")
+        if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"scheduler_config.json: unknown prediction_type {config['prediction_type']!r}")
+        if config.get("trained_betas") is not None:
+            raise ValueError("scheduler_config.json: trained_betas are not supported, only the named beta schedules")
         names = {theirs: ours for ours, theirs in _BETAS.items()}
         beta_schedule = config.get("beta_schedule", "linear")
-        if beta_schedule not in names or config.get("trained_betas") is not None:
+        if beta_schedule not in names:
             raise ValueError(f"scheduler_config.json: beta_schedule {beta_schedule!r} is not one of {', '.join(names)}")
         return cls(
             beta_schedule=names[beta_schedule],

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -105,6 +105,7 @@ def normalize_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     The round trip is unchanged, and one ``scaling_factor`` of 1 is all that a stock pipeline has to know.
     ``quant_conv`` puts out C means and C log-variances; ``post_quant_conv`` takes the latent back.
     """
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a channel that says nothing stays as it is
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:channels] /= std.view(-1, 1, 1, 1)
@@ -125,8 +126,3 @@ def _build(cls: type, arguments: dict[str, Any]) -> Any:
                 f"{cls.__name__} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
     return cls(**arguments)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of weights."""
-    return sum(parameter.numel() for parameter in module.parameters())

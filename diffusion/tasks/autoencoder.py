@@ -76,9 +76,16 @@ class AutoencoderTask:
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
         if config.data.buckets:
             raise ValueError("task autoencoder learns from square crops: set data.buckets=false")
+        crop = config.data.size if config.data.crop is None else config.data.crop
+        if crop > config.data.size:
+            raise ValueError(f"data.crop {crop} is more than data.size {config.data.size}")
         self.size, self.background = config.data.size, config.data.background
         self.pictures = pictures
         self.vae = _autoencoder(config).to(device, memory_format=torch.channels_last).train()
+        factor = networks.spatial_factor(self.vae)
+        for name, pixels in (("data.crop", crop), ("data.size", config.data.size)):
+            if pixels % factor:
+                raise ValueError(f"{name} {pixels} is not a multiple of this autoencoder's {factor}")
         self.train_encoder = config.model.train_encoder
         if not self.train_encoder:
             self.vae.requires_grad_(False)
@@ -93,7 +100,7 @@ class AutoencoderTask:
         self.dataset = PixelSet(
             pictures=pictures,
             size=config.data.size,
-            crop=config.data.size if config.data.crop is None else config.data.crop,
+            crop=crop,
             seed=config.seed,
             background=config.data.background,
             latent_channels=self.vae.config.latent_channels,

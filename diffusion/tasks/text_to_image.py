@@ -23,7 +23,7 @@ from diffusion.models.folder import Forward, Model, Recipe
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import to_latents
 from diffusion.pipeline import TextToImage
-from diffusion.settings import find_model
+from diffusion.settings import Settings, find_model
 from diffusion.tasks.encodings import Encodings
 from diffusion.tasks.task import mean_of_each, probe_seed
 
@@ -88,6 +88,7 @@ class TextToImageTask:
         cells = self.factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
         if config.data.buckets and config.data.bucket_step % cells:
             raise ValueError(f"data.bucket_step {config.data.bucket_step} is not a multiple of this model's {cells}")
+        self._check_recipe()
 
     @cached_property
     def dataset(self) -> LatentSet:
@@ -134,7 +135,7 @@ class TextToImageTask:
             posteriors=self.encodings.latents(self._shown(pictures)) if self.encodings else None,
             seed=probe_seed(self.config.seed),
             in_bins=True,
-            caption=lambda picture, _: lead(self.config.data.captions.trigger, picture.text),
+            caption=lambda picture, _: self._plain(picture),
             encode_text=self._tokens,
         )
 
@@ -155,13 +156,28 @@ class TextToImageTask:
 
     def samples(self) -> list[Image.Image]:
         self.module.eval()
-        recipe = self.config.recipe
-        prompts = recipe.prompts or [picture.text for picture in self.pictures[:: -(-len(self.pictures) // 16)]]
-        images = TextToImage(self.model)(prompts, seed=0)
+        images = TextToImage(self.model)(self._prompts(), seed=0)
         self.module.train()
         return images
 
+    def _prompts(self) -> list[str]:
+        """What the samples show: what the recipe says, or a few captions."""
+        if self.config.recipe.prompts:
+            return self.config.recipe.prompts
+        return [self._plain(picture) for picture in self.pictures[:: -(-len(self.pictures) // 16)]]
+
+    def _check_recipe(self) -> None:
+        """What would only be found wrong when the samples are drawn, after all the training."""
+        try:
+            TextToImage(self.model).run(Settings(prompts=tuple(self._prompts()), seed=0))
+        except ValueError as error:
+            raise ValueError(f"recipe: {error}") from None
+
     # --- captions
+
+    def _plain(self, picture: Picture) -> str:
+        """The caption of a picture without any choice."""
+        return picture.text if picture.plain else lead(self.config.data.captions.trigger, picture.text)
 
     def _caption(self, picture: Picture, visit: int) -> str:
         c = self.config.data.captions
@@ -248,6 +264,10 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
         new = [name for name in ("autoencoder", "tokenizer", "text_encoder", "unet") if getattr(m, name) is not None]
         if new:
             raise ValueError(f"model.base brings its own model.{new[0]}: give one or the other")
+        plain = type(m)()
+        for name in ("beta_schedule", "zero_terminal_snr", "prediction"):
+            if getattr(m, name) != getattr(plain, name):
+                raise ValueError(f"model.base brings its own model.{name}: it cannot be changed, leave it out")
         model = folder.load_model(find_model(m.base))
         model.recipe = _recipe(config, pictures, model.recipe)
         return model
