@@ -20,7 +20,7 @@ from diffusion.models.folder import Model, load_model, stock_pipeline
 from diffusion.models.networks import decode, spatial_factor
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale
 from diffusion.schedules import levels
-from diffusion.settings import Limits, Settings, base_of, find_model, resolve_dtype
+from diffusion.settings import Limits, Settings, base_of, check_device, find_model, resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +235,7 @@ def _hash(files: Sequence[Path]) -> str:
 
 def choose_device(name: str | None = None) -> torch.device:
     """The named device, or the fastest one present for None and "auto"; ValueError for one this machine lacks."""
+    check_device(name)
     present = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     if name is None or name == "auto":
         return torch.device(present[0])

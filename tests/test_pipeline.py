@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,15 @@ def test_the_model_hash_knows_every_part(tiny: TextToImage, tiny_model: Path, tm
         changed.text_encoder.get_input_embeddings().weight.add_(1)
     save_model(changed, tmp_path / "tiny")
     assert TextToImage.load(tmp_path / "tiny", "cpu").model_hash != tiny.model_hash
+
+
+def test_a_wrong_device_or_recipe_is_a_value_error(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        TextToImage.load(tiny_model, device="gpu")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    for wrong in ({"width": 0}, {"steps": "20"}):
+        (folder / "recipe.json").write_text(json.dumps(recipe | wrong))
+        with pytest.raises(ValueError, match=r"recipe\.json: .* must be a whole number of at least 1"):
+            TextToImage.load(folder)

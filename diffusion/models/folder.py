@@ -190,9 +190,14 @@ def read_recipe(path: str | Path) -> Recipe:
     if file.is_file():
         known = {item.name for item in fields(Recipe)}
         try:
-            return Recipe(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
+            recipe = Recipe(**{key: value for key, value in json.loads(file.read_text()).items() if key in known})
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: not a JSON object ({error})") from None
+        for name in ("width", "height", "steps"):
+            value = getattr(recipe, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{file}: {name} must be a whole number of at least 1, got {value!r}")
+        return recipe
     unet = json.loads((Path(path) / "unet" / "config.json").read_text())
     vae = json.loads((Path(path) / "vae" / "config.json").read_text())
     side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)

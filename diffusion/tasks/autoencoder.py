@@ -76,6 +76,8 @@ class AutoencoderTask:
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
         if config.data.buckets:
             raise ValueError("task autoencoder learns from square crops: set data.buckets=false")
+        if config.data.flip or config.data.crops > 1:
+            raise ValueError("task autoencoder crops at random and does not mirror: leave out data.flip and data.crops")
         crop = config.data.size if config.data.crop is None else config.data.crop
         if crop > config.data.size:
             raise ValueError(f"data.crop {crop} is more than data.size {config.data.size}")
