@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion import TextToImage
 from diffusion.data.source import read_folder
 from diffusion.evaluation import thumbnail
-from diffusion.images import make_grid
+from diffusion.sheets import make_grid
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "assets"

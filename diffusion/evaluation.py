@@ -83,7 +83,7 @@ def evaluate(
     def ask(questions: list[Question]) -> Answers:
         images = []
         for number, question in enumerate(questions):
-            images += model(question.prompt, seed=seed + number)
+            images += model(question.prompt, seed=seed + number, literal=True)
             on_image()
         ranks = [rank(thumbnail(image), thumbnails, q.answer) for image, q in zip(images, questions, strict=True)]
         return Answers(questions=questions, images=images, ranks=ranks)

@@ -1,4 +1,4 @@
-"""Guidance: wrap denoisers, return a denoiser."""
+"""Guidance and masks: wrap denoisers, return a denoiser."""
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ def classifier_free_guidance(
         return _rescaled(guided, wanted, rescale) if rescale else guided
 
     return denoise
+
+
+def keep_known(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
+    """Draw only where ``mask`` is 1: elsewhere the estimate is what is ``known`` to be there (RePaint's condition,
+    2201.09865, eq. 8, on the estimate of x0 instead of on x).
+
+    As x begins at ``known`` under noise and samplers move towards the estimate, x stays ``known`` under that noise.
+    ``known`` ``(B, C, h, w)``, ``mask`` ``(1, 1, h, w)`` in 0 .. 1.
+    """
+
+    def denoise_open(x: Tensor, level: Level) -> Tensor:
+        return torch.lerp(known, denoise(x, level), mask)
+
+    return denoise_open
 
 
 def _rescaled(guided: Tensor, wanted: Tensor, rescale: float) -> Tensor:

@@ -7,20 +7,20 @@ same picture again.
 """
 
 import json
-import math
 import os
 import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.settings import SAMPLERS, SCHEDULES
+from diffusion.names import SAMPLERS, SCHEDULES
 
 DEFAULT_FOLDER = "outputs"
 DEFAULT_NAME = "{index:05d}-{seed}-{slug}.png"
@@ -31,6 +31,16 @@ STAGED = ".diffusion-"  # what the name of a file that is still being written be
 MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
 SLUG_BYTES = 80
 EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
+ALSO = {  # what is written where it is not the default -> AUTOMATIC1111's name of it
+    "strength": "Denoising strength",
+    "clip_skip": "Clip skip",
+    "variation_seed": "Variation seed",
+    "variation_strength": "Variation seed strength",
+    "mask_blur": "Mask blur",
+    "tile": "Tiling",
+    "guidance_rescale": "CFG Rescale",
+    "hires": "Hires upscale",
+}
 # The pattern by which the ecosystem's readers take the last line of ``parameters`` apart.
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -114,20 +124,39 @@ def save_image(
     output = output if isinstance(output, Output) else parse_output(output)
     path = render(output, index=next_index(output, seed=seed, slug=slug), seed=seed, slug=slug)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=STAGED)
-    staged = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            _encode(image, stream, FORMATS[path.suffix.lower()], texts_of(image) if metadata else {})
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(staged, 0o666 & ~_umask())
+    with _staged(path.parent) as (stream, staged):
+        _encode(image, stream, FORMATS[path.suffix.lower()], texts_of(image) if metadata else {})
+        _settle(stream)
         if output.named:
             os.replace(staged, path)
             return path
         return _place(staged, output, seed, slug)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes become the file when the block ends well; a file that was there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _staged(path.parent) as (stream, staged):
+        yield stream
+        _settle(stream)
+        os.replace(staged, path)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    handle, name = tempfile.mkstemp(dir=folder, prefix=STAGED)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            os.chmod(name, 0o666 & ~_umask())
+            yield stream, Path(name)
     finally:
-        staged.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def _settle(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def next_index(output: Output, *, seed: int, slug: str) -> int:
@@ -174,12 +203,14 @@ def format_parameters(made: Mapping[str, Any]) -> str:
     values = {
         "Steps": made["steps"],
         "Sampler": SAMPLERS.get(made["sampler"], made["sampler"]),
-        "Schedule type": SCHEDULES.get(made["schedule"], made["schedule"]),
+        **({"Schedule type": SCHEDULES.get(made["schedule"], made["schedule"])} if "schedule" in made else {}),
         "CFG scale": f"{made['guidance_scale']:g}",
         "Seed": made["seed"],
         "Size": f"{made['width']}x{made['height']}",
         "Model hash": made["model_hash"],
         "Model": made["model"],
+        **{label: made[name] for name, label in ALSO.items() if name in made},
+        **({"Denoising strength": made["hires_strength"]} if "hires" in made else {}),
         "RNG": "CPU",
         **({"Lora hashes": hashes} if hashes else {}),
         "Version": f"diffusion {made['version']}",
@@ -200,20 +231,6 @@ def parse_parameters(text: str) -> dict[str, str]:
     return {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative} | {
         k: _unquote(v) for k, v in pairs
     }
-
-
-def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """One RGB sheet of equal cells, row by row on white, as near to square as may be unless ``columns`` is given."""
-    if not images:
-        raise ValueError("a grid needs at least one picture")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    across = min(columns if columns is not None else math.ceil(math.sqrt(len(images))), len(images))
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    sheet = Image.new("RGB", (across * width, math.ceil(len(images) / across) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % across * width, i // across * height))
-    return sheet
 
 
 def _template_fields(text: str) -> list[str]:

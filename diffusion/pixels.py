@@ -52,8 +52,13 @@ def read_rgb(file: Path, background: str = "white", content: bytes | None = None
 def read_size(file: Path, content: bytes | None = None) -> tuple[int, int]:
     """Width and height as a viewer shows them, from the header. ``ValueError`` names an unreadable file."""
     with _opened(file, content) as opened:
-        turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return opened.size[::-1] if turned else opened.size
+        return oriented_size(opened)
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once it is turned as EXIF says."""
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def look(image: Image.Image, view: View) -> npt.NDArray[np.uint8]:

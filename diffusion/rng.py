@@ -33,7 +33,8 @@ def bits(seed: int, purpose: str, *ids: Ids, size: int) -> npt.NDArray[np.uint64
 
 def uniform(seed: int, purpose: str, *ids: Ids, size: int) -> npt.NDArray[np.float64]:
     """Uniform numbers in the open interval (0, 1): 53 bits, centred in their cells so that neither end occurs."""
-    return ((bits(seed, purpose, *ids, size=size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    cells = (bits(seed, purpose, *ids, size=size) >> np.uint64(11)).astype(np.float64)
+    return np.minimum((cells + 0.5) * 2.0**-53, 1 - 2.0**-53)  # the middle of the last cell would round to 1
 
 
 def normal(seed: int, purpose: str, *ids: Ids, shape: Sequence[int]) -> npt.NDArray[np.float32]:

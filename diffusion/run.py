@@ -25,8 +25,8 @@ from diffusion.config import Config
 from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
-from diffusion.images import make_grid
 from diffusion.plan import learning_rate
+from diffusion.sheets import make_grid
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -168,17 +168,40 @@ class FlowSchedule:
 # --- sampling grids: (schedule, steps) -> network times, float64, shape (steps,), strictly descending -----------------
 
 
-def levels(schedule: NoiseSchedule, steps: int, grid: str = "trailing") -> list[Level]:
+def levels(schedule: NoiseSchedule, steps: int, grid: str = "trailing", strength: float = 1.0) -> list[Level]:
     """The noise levels a sampler visits: `steps` of the schedule's own, strictly descending, then clean data.
 
-    Raises ValueError when `grid` is not one of GRIDS, or when `steps` is not in 1 .. schedule.num_timesteps.
+    A strength below 1 begins further down, from a picture, and visits the last `steps` of round(steps / strength): as
+    many steps as were asked for. Raises ValueError when `grid` is not one of GRIDS, or when those are not in
+    1 .. schedule.num_timesteps.
     """
     if grid not in GRIDS:
         raise unknown("grid", grid, GRIDS)
-    if not 1 <= steps <= schedule.num_timesteps:
-        raise ValueError(f"steps must be 1 to {schedule.num_timesteps}, the times of this schedule; got {steps}")
-    alphas, sigmas = schedule.level_at(GRIDS[grid](schedule, steps))
+    total = round(steps / strength)
+    if not 1 <= total <= schedule.num_timesteps:
+        raise ValueError(f"steps must be 1 to {schedule.num_timesteps}, the times of this schedule; got {total}")
+    alphas, sigmas = schedule.level_at(GRIDS[grid](schedule, total)[total - steps :])
     return [*map(Level, alphas.tolist(), sigmas.tolist()), CLEAN]
+
+
+def levels_of(schedule: NoiseSchedule, ratios: Iterable[float]) -> list[Level]:
+    """The levels of the schedule that have these sigma / alpha, which fall, then clean data.
+
+    Raises ValueError for one that is more or less than the schedule has.
+    """
+    low, high = _ratio_range(schedule)[1], schedule_end(schedule)
+    wanted = list(ratios)
+    for ratio in wanted:
+        if not low * (1 - 1e-6) <= ratio <= high * (1 + 1e-6):
+            raise ValueError(f"sigma {ratio:g} is outside of this model's {low:.4g} to {high:.4g}")
+    alphas, sigmas = schedule.level_at(_times(schedule, torch.tensor(wanted, dtype=torch.float64)))
+    return [*map(Level, alphas.tolist(), sigmas.tolist()), CLEAN]
+
+
+def schedule_end(schedule: NoiseSchedule) -> float:
+    """The largest sigma / alpha that the schedule has; infinite for zero terminal SNR."""
+    alpha, sigma = schedule.level_at(torch.tensor([_time_range(schedule)[0]], dtype=torch.float64))
+    return float(sigma / alpha)
 
 
 def trailing(schedule: NoiseSchedule, steps: int) -> Tensor:

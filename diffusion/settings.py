@@ -1,58 +1,39 @@
-"""What one generating call may ask for: names, defaults and checks, shared by the command line and by Python.
+"""What one generating call may ask for: fields, defaults and checks, shared by the command line and by Python.
 
 Nothing slow is imported, so that a wrong request is answered before any library is loaded.
 """
 
-import difflib
-import json
+import hashlib
 import math
-import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Union
 
-# Our name -> the name that AUTOMATIC1111 writes into ``parameters``.
-SAMPLERS = {
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC",
-    "deis": "DEIS",
-    "lcm": "LCM",
-}
-SCHEDULES = {
-    "discrete": "Uniform",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "sgm_uniform": "SGM Uniform",
-    "beta": "Beta",
-    "trailing": "Trailing",
-}
-SCHEDULER_CLASSES = {  # diffusers' class, in lower case without its ending -> our name
-    "eulerdiscrete": "euler",
-    "eulerancestraldiscrete": "euler_ancestral",
-    "flowmatcheulerdiscrete": "euler",
-    "flowmatchheundiscrete": "heun",
-    "heundiscrete": "heun",
-    "dpmsolvermultistep": "dpmpp_2m",
-    "dpmsolversde": "dpmpp_sde",
-    "unipcmultistep": "unipc",
-    "deismultistep": "deis",
-}
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short name -> torch's
+from diffusion.names import resolve_sampler, resolve_schedule, unknown
+from diffusion.places import Limits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+
+Source = Union[str, "Path", "Image.Image"]  # a picture, or where one is
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
-PACKAGE = Path(__file__).parent
-ADAPTERS = "recipe.json"  # with a ``base`` in it, what is beside it is put on that model
-MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TILES = ("", "x", "y", "xy")
+COMPARED = {  # how people write the fields that can be compared -> the field
+    **{
+        name: name
+        for name in (
+            *("steps", "guidance_scale", "guidance_rescale", "sampler", "schedule", "seed", "strength", "clip_skip"),
+            *("negative_prompt", "hires_strength", "control_scale", "variation_strength", "width", "height"),
+        )
+    },
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+}
+PICTURES = ("init_image", "mask", "control_image")
 
 
 class Defaults(Protocol):
@@ -66,49 +47,133 @@ class Defaults(Protocol):
     schedule: str
 
 
-class Limits(NamedTuple):
-    """What a model folder allows: sides are multiples of ``side`` pixels, steps are 1 to ``steps``."""
+class Shot(NamedTuple):
+    """One picture of a call: where its words and its noise begin, and how far they have gone to somewhere else."""
 
-    side: int
-    steps: int
+    prompt: str
+    seed: int
+    to_prompt: str | None = None
+    to_seed: int | None = None
+    share: float = 0.0  # 0: prompt and seed; 1: to_prompt and to_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One checked request. ``None`` means the model's own default; 0 and "" are values.
+    """One checked request. ``None`` means the model's own default, or nothing; 0 and "" are values.
 
     Picture k of each prompt has the seed ``seed + k``: every prompt starts at ``seed``, so that prompts compare.
     """
 
+    # what is drawn
     prompts: tuple[str, ...]
     negative_prompt: str = ""
+    literal: bool = False  # prompts as they stand: no (weights:1.2), BREAK or <lora:...>
+    long_prompts: bool = False  # read more tokens than the encoder was made for, in chunks; CLIP's 77 always may
+    clip_skip: int = 1  # 1: the last layer of the text encoder, 2: the one before it
+
+    # how it is drawn
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0  # share of the guided estimate brought back to its own contrast
+    guidance_interval: tuple[float, float | None] | None = None  # (low, high) in sigma / alpha; None: no end
     sampler: str | None = None
     schedule: str | None = None
+    sigmas: tuple[float, ...] | None = None  # sigma / alpha of every step, descending, in place of a schedule
+    tile: str = ""  # edges that fit each other: x, y or xy
+
+    # how many, and from which noise
     seed: int | None = None
     width: int | None = None
     height: int | None = None
     num_images: int = 1
     batch_size: int | None = None
+    variation_seed: int | None = None  # picture k is a variation of ``seed`` towards variation_seed + k
+    variation_strength: float | None = None
+    to_prompt: str | None = None  # ``frames`` pictures on the way from the prompt and the seed to these
+    to_seed: int | None = None
+    frames: int | None = None
+    share: float | None = None  # or the one picture this far on the way
+
+    # from which picture
+    init_image: Source | None = None
+    strength: float | None = None  # how much of it is drawn anew; the steps stay as many as were asked for
+    mask: Source | None = None  # white is drawn anew, black stays to the last bit
+    mask_blur: float = 4.0  # pixels over which the edge fades, inside of what is drawn anew
+    extend: tuple[int, int, int, int] | None = None  # pixels to add: left, top, right, bottom
+    control_image: Source | None = None
+    control_scale: float = 1.0
+    hires: float | None = None  # drawn again, so many times as large
+    hires_strength: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError('no prompt: say what to draw, for instance "a red apple"')
-        for text in (*self.prompts, self.negative_prompt):
+        for text in (*self.prompts, self.negative_prompt, *([] if self.to_prompt is None else [self.to_prompt])):
             _check_text(text)
-        for name in ("steps", "width", "height", "num_images", "batch_size"):
+        for name in ("steps", "width", "height", "num_images", "batch_size", "clip_skip"):
             _check_whole(name, getattr(self, name), 1)
-        _check_whole("seed", self.seed, 0)
-        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
-            raise ValueError(f"seed {self.seed} is too large: picture k has seed + k, which must not pass {MAX_SEED}")
-        _check_guidance(self.guidance_scale)
+        for name in ("seed", "variation_seed", "to_seed"):
+            _check_whole(name, getattr(self, name), 0)
+        _check_whole("frames", self.frames, 2)
+        _check_number("guidance_scale", self.guidance_scale, 0, note=": 1 turns guidance off")
+        _check_number("control_scale", self.control_scale, 0)
+        _check_number("mask_blur", self.mask_blur, 0)
+        for name in ("guidance_rescale", "variation_strength", "share", "strength", "hires_strength"):
+            _check_number(name, getattr(self, name), 0, 1)
+        self._check_names()
+        self._check_noise()
+        self._check_pictures()
+
+    def _check_names(self) -> None:
         schedule = None if self.schedule is None else resolve_schedule(self.schedule)
         if self.sampler is not None:
             sampler, implied = resolve_sampler(self.sampler)
             object.__setattr__(self, "sampler", sampler)
             schedule = implied if schedule is None else schedule
         object.__setattr__(self, "schedule", schedule)
+        if self.tile not in TILES:
+            raise ValueError(f"tile {self.tile!r} is none of x, y and xy")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < (math.inf if high is None else high) or high == math.inf:
+                raise ValueError(f"guidance_interval {low:g},{high} must be two sigma / alpha, low, high; None: no end")
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _check_sigmas(self.sigmas))
+            if self.steps not in (None, len(self.sigmas)) or self.schedule is not None:
+                raise ValueError("sigmas say the steps and the schedule: leave those out")
+            object.__setattr__(self, "steps", len(self.sigmas))
+
+    def _check_noise(self) -> None:
+        for name, seed in (("seed", self.seed), ("variation_seed", self.variation_seed)):
+            if seed is not None and seed + self.num_images - 1 > MAX_SEED:
+                raise ValueError(f"{name} {seed} is too large: picture k has it + k, which must not pass {MAX_SEED}")
+        if (self.variation_seed is None) != (self.variation_strength is None):
+            raise ValueError("variation_seed and variation_strength belong together: give both")
+        moving = self.to_prompt is not None or self.to_seed is not None
+        if moving == (self.frames is None and self.share is None):
+            raise ValueError(
+                "to_prompt and to_seed say where the pictures go: give frames as well"
+                if moving
+                else "frames are pictures on the way: say where to, by to_prompt or to_seed"
+            )
+        if self.frames is not None and self.share is not None:
+            raise ValueError("frames and share exclude each other: many pictures on the way, or one")
+        if moving and (self.num_images > 1 or self.variation_seed is not None):
+            raise ValueError("to_prompt and to_seed exclude num_images and variations")
+
+    def _check_pictures(self) -> None:
+        if self.init_image is None:
+            for name in ("strength", "mask", "extend"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a picture to begin from: give init_image")
+        if self.strength == 0:
+            raise ValueError("strength 0 would change nothing: give more, up to 1")
+        for pixels in self.extend or ():
+            _check_whole("extend", pixels, 0)
+        if self.hires is not None:
+            _check_number("hires", self.hires, 1, 8)
+            if self.mask is not None or self.extend is not None or self.hires == 1 or self.hires_strength == 0:
+                raise ValueError("hires draws the whole picture again, larger: above 1, and without mask or extend")
 
     def seeded(self) -> "Settings":
         """The same request with a seed: a random one where none was given."""
@@ -116,164 +181,140 @@ class Settings:
 
     def filled(self, recipe: Defaults) -> "Settings":
         """The same request with every ``None`` answered: by the recipe, a random seed, a batch that fits in memory."""
-        known = {item.name: getattr(recipe, item.name) for item in fields(self) if hasattr(recipe, item.name)}
-        given = {name: value for name in known if (value := getattr(self, name)) is not None}
-        side = {**known, **given}
-        batch = max(1, min(16, 4 * 512 * 512 // (side["width"] * side["height"])))
+        names = {"width", "height", "steps", "guidance_scale", "sampler"} | (
+            {"schedule"} if self.sigmas is None else set()
+        )
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        from_picture = {} if self.init_image is None else dict(zip(("width", "height"), self._sides(), strict=True))
+        answers = {name: getattr(recipe, name) for name in names} | given | from_picture
+        pixels = answers["width"] * answers["height"] * (1 if self.hires is None else self.hires) ** 2
+        batch = max(1, min(16, int(4 * 512 * 512 / pixels)))
+        whole = self.mask is not None or self.extend is not None
+        strength = (1.0 if whole else 0.75) if self.init_image is not None and self.strength is None else self.strength
         return replace(
             self,
-            **side,
+            **answers,
             seed=self.seeded().seed,
+            strength=strength,
             batch_size=min(self.count, batch) if self.batch_size is None else self.batch_size,
         )
+
+    def _sides(self) -> tuple[int, int]:
+        """Width and height of what is drawn from a picture: its own and what is added; one follows from the other."""
+        assert self.init_image is not None, "only asked of a picture"
+        left, top, right, bottom = self.extend or (0, 0, 0, 0)
+        across, down = sides_of(self.init_image)
+        width = None if self.width is None else self.width - left - right
+        height = None if self.height is None else self.height - top - bottom
+        if width is None:
+            width = across if height is None else round(across * height / down)
+        if height is None:
+            height = round(down * width / across)
+        if width < 1 or height < 1:
+            raise ValueError("extend adds more pixels than the whole width or height: there is no room for the picture")
+        return width + left + right, height + top + bottom
 
     @property
     def count(self) -> int:
         """Pictures in this call."""
-        return len(self.prompts) * self.num_images
+        return len(self.prompts) * (self.num_images if self.frames is None else self.frames)
 
-    def pictures(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of every picture, in order; the seed must be known."""
+    @property
+    def total_steps(self) -> int:
+        """Steps of one picture; the steps must be known."""
+        assert self.steps is not None, "filled() gives the steps"
+        return self.steps * (1 if self.hires is None else 2)
+
+    def shots(self) -> list[Shot]:
+        """Every picture, in order; the seed must be known."""
         assert self.seed is not None, "filled() gives the seed"
-        return [(prompt, self.seed + k) for prompt in self.prompts for k in range(self.num_images)]
+        if self.frames is not None or self.share is not None:
+            shares = [self.share] if self.frames is None else [k / (self.frames - 1) for k in range(self.frames)]
+            return [
+                Shot(prompt, self.seed, self.to_prompt, self.to_seed, float(share or 0))
+                for prompt in self.prompts
+                for share in shares
+            ]
+        if self.variation_seed is not None:
+            strength, first = float(self.variation_strength or 0), self.variation_seed
+            return [Shot(p, self.seed, None, first + k, strength) for p in self.prompts for k in range(self.num_images)]
+        return [Shot(prompt, self.seed + k) for prompt in self.prompts for k in range(self.num_images)]
 
     def check(self, limits: Limits) -> None:
         """Raises ValueError where the request does not fit the model."""
         for name, value in (("width", self.width), ("height", self.height)):
-            if value is not None and value % limits.side:
+            if value is not None and value % limits.side and self.init_image is None:
                 near = max(limits.side, round(value / limits.side) * limits.side)
                 raise ValueError(f"{name} {value} is not a multiple of {limits.side}: try {near}")
         if self.steps is not None and self.steps > limits.steps:
             raise ValueError(f"steps {self.steps} is more than this model's {limits.steps} noise levels: ask for fewer")
+        for name, part in (("strength", self.strength), ("hires_strength", self.hires and self.hires_strength)):
+            if self.steps is not None and part and self.steps / part > limits.steps:
+                raise ValueError(
+                    f"{self.steps} steps at {name} {part:g} are the last of {self.steps / part:.0f}, more than this "
+                    f"model's {limits.steps} noise levels: ask for fewer steps, or for more {name}"
+                )
+
+    def record(self, shot: Shot) -> dict[str, Any]:
+        """The settings that make one picture of the call again, as plain values; pictures by name and SHA-256."""
+        always = ("negative_prompt", "steps", "guidance_scale", "sampler", "schedule", "width", "height")
+        kept = {name: getattr(self, name) for name in always if name != "schedule" or self.sigmas is None}
+        alone = {"prompts", "seed", "num_images", "batch_size", "frames", "to_prompt", "to_seed", "share"}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in {*always, *alone} and value != item.default:
+                kept[item.name] = facts_of(value) if item.name in PICTURES else value
+        if self.hires is not None:
+            kept["hires_strength"] = self.hires_strength
+        if self.variation_seed is not None:
+            kept["variation_seed"] = shot.to_seed
+        elif shot.to_prompt is not None or shot.to_seed is not None:
+            kept |= {"to_prompt": shot.to_prompt, "to_seed": shot.to_seed, "share": shot.share}
+        return {"prompt": shot.prompt, "seed": shot.seed, **kept}
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def variants(base: Settings, axes: Mapping[str, Sequence[Any]]) -> tuple[list[Settings], list[str], list[str]]:
+    """One request for each combination of the values of one or two fields, row by row; labels of columns and of rows.
 
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not one of ``known``: it names the nearest one, and all of them."""
-    known = list(known)
-    return ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)} ({kind}s: {', '.join(known)})")
-
-
-def resolve_sampler(name: str) -> tuple[str, str | None]:
-    """Our name of a sampler, from ours, AUTOMATIC1111's or diffusers' class name, and the schedule at its end, if any.
-
-    ``"DPM++ 2M Karras"`` is ``("dpmpp_2m", "karras")``. Raises ValueError for any other name.
+    The first field goes across, the second one down; all have the seed of ``base``, so that they compare. ValueError
+    for a field that is none, and for one that says how many pictures there are.
     """
-    names = {_plain(label): ours for ours, label in SAMPLERS.items()} | {_plain(ours): ours for ours in SAMPLERS}
-    names |= SCHEDULER_CLASSES
-    plain = _plain(name).removesuffix("scheduler")
-    for schedule in (None, *SCHEDULES):
-        sampler = plain if schedule is None else plain.removesuffix(_plain(schedule))
-        if sampler in names:
-            return names[sampler], schedule
-    raise unknown("sampler", name, SAMPLERS)
+    names = [COMPARED.get(name.replace("-", "_"), name.replace("-", "_")) for name in axes]
+    for written, name in zip(axes, names, strict=True):
+        if name not in COMPARED.values():
+            raise unknown("field to compare", written, dict.fromkeys(COMPARED.values()))
+    if len(set(names)) != len(axes) or not 1 <= len(axes) <= 2 or not all(axes.values()):
+        raise ValueError("compare one or two different fields, each with its values: steps=10,20 cfg=3,5")
+    if base.count != 1:
+        raise ValueError("compare draws one picture of each kind: give one prompt, and neither num_images nor frames")
+    across, down = [*axes.values(), [None]][:2]
+    made = [
+        replace(base.seeded(), **dict(zip(names, pair, strict=False)))
+        for pair in ((one, other) for other in down for one in across)
+    ]
+    labels = [
+        [f"{written} {value:g}" if isinstance(value, float) else f"{written} {value}" for value in values]
+        for written, values in axes.items()
+    ]
+    return made, labels[0], labels[1] if len(labels) > 1 else []
 
 
-def resolve_schedule(name: str) -> str:
-    """Our name of a schedule, from ours or AUTOMATIC1111's. ValueError for any other."""
-    names = {_plain(label): ours for ours, label in SCHEDULES.items()} | {_plain(ours): ours for ours in SCHEDULES}
-    if _plain(name) not in names:
-        raise unknown("schedule", name, SCHEDULES)
-    return names[_plain(name)]
+def sides_of(source: Source) -> tuple[int, int]:
+    """Width and height of a picture as it is seen; ValueError names a file that cannot be read."""
+    from pathlib import Path
+
+    from diffusion.pixels import oriented_size, read_size
+
+    return read_size(Path(source)) if isinstance(source, str | Path) else oriented_size(source)
 
 
-def resolve_dtype(name: str | None, device: str | None) -> str | None:
-    """torch's name of a dtype, from it or its short name. Half precision on the CPU is refused."""
-    if name is None:
-        return None
-    found = DTYPES.get(name, name)
-    if found not in DTYPES.values():
-        raise unknown("dtype", name, [*DTYPES, *DTYPES.values()])
-    if found == "float16" and device == "cpu":
-        raise ValueError("dtype float16 is slow and wrong on the CPU: use float32 or bfloat16")
-    return found
+def facts_of(source: Source) -> dict[str, str]:
+    """Name and SHA-256 of a picture's file, or of its pixels where it is no file."""
+    from pathlib import Path
 
-
-def check_device(name: str | None) -> None:
-    """Raises ValueError for a name that is no device; whether the machine has it, only torch can tell."""
-    if name is not None and not re.fullmatch(rf"(cuda|xpu):\d+|{'|'.join(DEVICES)}", name):
-        raise unknown("device", name, [*DEVICES, "cuda:1"])
-
-
-def find_model(name: str | Path) -> Path:
-    """The folder of a model: a path, or the name of one that ships with the project. ValueError when there is none."""
-    shelves = (PACKAGE.parent / "assets", PACKAGE / "assets")
-    for folder in (Path(name), *(shelf / name for shelf in shelves)):
-        if (folder / "unet").is_dir():
-            missing = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
-            if missing:
-                raise ValueError(f"{folder} is not a whole model folder: it has no {missing[0]}/")
-            return folder
-        if base_of(folder) is not None:
-            return folder
-    shipped = sorted({unet.parent.name for shelf in shelves for unet in shelf.glob("*/unet")})
-    if Path(name).exists():
-        raise ValueError(f"{name} is not a model folder: it has no unet/")
-    known = f" (models that are here: {', '.join(shipped)})" if shipped else ""
-    raise ValueError(
-        f"model {str(name)!r} not found: give the path of a model folder{did_you_mean(str(name), shipped)}{known}"
-    )
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """``PATH`` or ``PATH:0.8`` as the path and its strength, 1 where none is given. ValueError if nothing is there."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        path, weight = text, "1"
-    try:
-        strength = float(weight)
-    except ValueError:
-        path, strength = text, 1.0
-    if not Path(path).exists():
-        raise ValueError(
-            f"no LoRA at {path}: give a .safetensors file or a folder, and if you like its weight, PATH:0.8"
-        )
-    if not math.isfinite(strength):
-        raise ValueError(f"the weight of {path} must be a finite number, got {weight}")
-    return path, strength
-
-
-def base_of(folder: Path) -> Path | None:
-    """Of a folder of adapters (LoRA, learnt words) the model that they belong to; None for a model of its own."""
-    if (folder / "unet").is_dir() or not (folder / ADAPTERS).is_file():
-        return None
-    recipe = _read_json(folder / ADAPTERS)
-    base = recipe.get("base") if isinstance(recipe, dict) else None
-    if not base:
-        return None
-    try:
-        return find_model(base)
-    except ValueError as error:
-        raise ValueError(f"{folder} belongs to another model: {error}") from None
-
-
-def read_limits(folder: Path) -> Limits:
-    """The limits of a model folder, from its JSON files alone."""
-    folder = base_of(folder) or folder
-    vae, scheduler = (
-        _read_json(folder / "vae" / "config.json"),
-        _read_json(folder / "scheduler" / "scheduler_config.json"),
-    )
-    try:
-        return Limits(2 ** (len(vae["block_out_channels"]) - 1), scheduler.get("num_train_timesteps", 1000))
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder / 'vae' / 'config.json'} does not describe an autoencoder") from None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+    if isinstance(source, str | Path):
+        return {"name": Path(source).name, "sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest()}
+    return {"name": "", "sha256": hashlib.sha256(source.convert("RGBA").tobytes()).hexdigest()}
 
 
 def _check_text(text: str) -> None:
@@ -292,8 +333,21 @@ def _check_whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _check_guidance(value: Any) -> None:
+def _check_number(name: str, value: Any, least: float, most: float = math.inf, note: str = "") -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"guidance_scale must be a finite number of at least 0, got {value!r}: 1 turns guidance off")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}{note}")
+    if not least <= value <= most:
+        limits = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
+        raise ValueError(f"{name} must be {limits}, got {value!r}{note}")
+
+
+def _check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Those of the steps: a 0 at the end, where clean data is, goes without saying."""
+    for value in sigmas:
+        _check_number("sigmas", value, 0)
+    kept = tuple(float(value) for value in sigmas[: -1 if len(sigmas) > 1 and sigmas[-1] == 0 else None])
+    if not kept or kept[-1] <= 0 or any(high <= low for high, low in pairwise(kept)):
+        raise ValueError(f"sigmas must be numbers that fall, above 0 but for the last, got {list(sigmas)}")
+    return kept

@@ -1,9 +1,16 @@
-"""Tiny randomly initialised models of each family, saved by the stock library in its own folders."""
+"""Tiny randomly initialised models of each family, saved by the stock library in its own folders.
+
+``python tests/families.py`` prints how near our pictures are to those of the stock pipelines.
+"""
+
+import tempfile
+from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -16,8 +23,8 @@ CAPTIONS = [f"{a} {b}" for a in ("red", "green", "blue", "a photo of") for b in 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
-def save(family, folder):
-    """A stock pipeline of the family with random weights: 32x32 pixels, 16x16 latents."""
+def save(family, folder, second_width=32, vae_blocks=2):
+    """A stock pipeline with random weights: 16x16 latents, of two blocks 32x32 pixels, of four 128x128."""
     torch.manual_seed(FAMILIES.index(family))
     xl = family == "sdxl"
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, max_length=24)
@@ -46,15 +53,15 @@ def save(family, folder):
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64 if xl else 32,
+        cross_attention_dim=32 + second_width if xl else 32,
         attention_head_dim=8 if family == "sd1" else (2, 4),
         use_linear_projection=family != "sd1",
         **(added if xl else {}),
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * vae_blocks,
+        up_block_types=("UpDecoderBlock2D",) * vae_blocks,
+        block_out_channels=(8, 16, 16, 16)[:vae_blocks],
         norm_num_groups=4,
         latent_channels=4,
         scaling_factor=0.13025 if xl else 0.18215,
@@ -77,8 +84,10 @@ def save(family, folder):
         "tokenizer": tokenizer,
         "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
     }
+    final = getattr(parts["text_encoder"], "text_model", parts["text_encoder"]).final_layer_norm
+    torch.nn.init.constant_(final.bias, 0.3)  # a context with a mean, as a trained one has
     if xl:
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=16))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**text | {"hidden_size": second_width}, projection_dim=16))
         pipeline = StableDiffusionXLPipeline(
             **parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False
         )
@@ -90,12 +99,13 @@ def save(family, folder):
     return folder
 
 
-def stock(folder, trailing=True):
+def stock(folder, trailing=True, sampler="ddim"):
     """The stock pipeline of a folder, on the trailing grid that we draw with."""
     cls = StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else StableDiffusionPipeline
     pipeline = cls.from_pretrained(folder, local_files_only=True)
     settings = {"timestep_spacing": "trailing", "set_alpha_to_one": True} if trailing else {}
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+    scheduler = {"ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}[sampler]
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -113,3 +123,20 @@ def psnr(one, other):
     """Decibels between two pictures."""
     a, b = (torch.tensor(list(picture.tobytes()), dtype=torch.float64) for picture in (one, other))
     return float(10 * torch.log10(255**2 / (a - b).square().mean().clamp(min=1e-9)))
+
+
+def parity(folder, sampler, steps=20):
+    """Decibels between our picture of a folder and the stock pipeline's, from the same noise, in fp32."""
+    from diffusion import TextToImage
+
+    given = {"seed": 7, "steps": steps, "guidance_scale": 5.0, "width": 32, "height": 32}
+    ours = TextToImage.load(folder, "cpu", "fp32")("red apple", sampler=sampler, schedule="trailing", **given)[0]
+    return psnr(ours, draw(stock(folder, sampler=sampler), "red apple", 7, steps=steps))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for family in FAMILIES:
+            folder = save(family, Path(scratch) / family)
+            figures = {sampler: parity(folder, sampler) for sampler in ("ddim", "dpmpp_2m")}
+            print(f"{family:<6}" + "".join(f"  {sampler} {decibels:6.1f} dB" for sampler, decibels in figures.items()))

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from diffusion import TextToImage, config, plan, tasks, trainer
 from diffusion.cli import main as cli
-from diffusion.data.pixels import View
 from diffusion.data.source import read_folder
 from diffusion.models import embeddings, lora
 from diffusion.models.folder import load_model
+from diffusion.pixels import View
 from families import FAMILIES, draw, psnr, save, stock
 
 

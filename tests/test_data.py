@@ -17,8 +17,8 @@ from diffusion.data.captions import choose_caption
 from diffusion.data.dataset import LatentSet, PixelSet, to_tensor
 from diffusion.data.feed import FolderFeed
 from diffusion.data.order import Order, batches
-from diffusion.data.pixels import View, read_pixels
 from diffusion.data.source import group_weights, leave_out_small, read_folder
+from diffusion.pixels import View, read_pixels
 
 
 @pytest.fixture

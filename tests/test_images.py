@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusion import images
+from diffusion import images, sheets
 from diffusion.images import check_output, parse_output, read_metadata, save_image
 
 MADE = {
@@ -107,10 +107,10 @@ def test_checking_an_output_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_grid_holds_every_picture() -> None:
-    assert images.make_grid([picture()] * 5).size == (24, 12)
-    assert images.make_grid([picture()] * 5, columns=2).size == (16, 18)
+    assert sheets.make_grid([picture()] * 5).size == (24, 12)
+    assert sheets.make_grid([picture()] * 5, columns=2).size == (16, 18)
     with pytest.raises(ValueError, match="at least one"):
-        images.make_grid([])
+        sheets.make_grid([])
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

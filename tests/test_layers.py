@@ -12,14 +12,19 @@ ROOT = Path(__file__).parents[1] / "diffusion"
 LAYERS = (  # top to bottom; __init__ is the front door: it may open every room, and no room may open it
     {"__init__"},
     {"cli", "__main__"},
-    {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"},
-    {"checkpoint", "interop", "images", "memory"},
+    {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"}
+    | {"drawing", "loading"},
+    {"checkpoint", "interop", "images", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
-    {"config", "settings", "rng"},
+    {"config", "settings", "names", "places", "prompts", "pixels", "rng"},
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-WALLS = {("models", "data"), ("data", "models"), ("pipeline", "trainer"), ("pipeline", "data")}
+WALLS = {
+    ("models", "data"),
+    ("data", "models"),
+    *((a, b) for a in ("pipeline", "drawing", "loading") for b in ("trainer", "data")),
+}
 FORMULAS = LAYERS[5]
 HOMES = {  # library -> the only rooms that may import it
     "accelerate": {"trainer"},

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import diffusion
-from diffusion import settings
+from diffusion import names
 from diffusion.images import parse_parameters
 from diffusion.models.folder import load_model
 from diffusion.pipeline import TextToImage
-from diffusion.settings import Settings
+from diffusion.settings import Settings, Shot
 
 PROMPT = "a red apple"
 
@@ -67,13 +67,13 @@ def test_the_prompt_reaches_the_picture(tiny: TextToImage) -> None:
     assert not torch.equal(red, blue)
 
 
-@pytest.mark.parametrize("sampler", settings.SAMPLERS)
+@pytest.mark.parametrize("sampler", names.SAMPLERS)
 def test_every_sampler_draws(tiny: TextToImage, sampler: str) -> None:
     (image,) = tiny(PROMPT, sampler=sampler, seed=1, steps=3)
     assert json.loads(image.info["diffusion"])["sampler"] == sampler
 
 
-@pytest.mark.parametrize("schedule", settings.SCHEDULES)
+@pytest.mark.parametrize("schedule", names.SCHEDULES)
 def test_every_schedule_draws(tiny: TextToImage, schedule: str) -> None:
     (image,) = tiny(PROMPT, schedule=schedule, sampler="dpmpp_2m", seed=1, steps=3)
     assert json.loads(image.info["diffusion"])["schedule"] == schedule
@@ -127,7 +127,7 @@ def test_metadata_makes_the_same_picture_again(tiny: TextToImage) -> None:
 def test_a_stream_can_be_watched_and_left(tiny: TextToImage) -> None:
     stream = tiny.stream([PROMPT, "blue boat"], seed=1, steps=3, batch_size=1)
     first = next(stream)
-    assert (first.index, first.total, first.pictures, first.images) == (1, 3, [(PROMPT, 1)], None)
+    assert (first.index, first.total, first.pictures, first.images) == (1, 3, [Shot(PROMPT, 1)], None)
     assert first.preview()[0].size == (16, 16)
     rest = list(stream)
     assert [step.index for step in rest] == [2, 3, 1, 2, 3]
@@ -227,8 +227,8 @@ def test_names_mean_the_samplers_and_grids_that_exist() -> None:
     """The lists that the command line knows without importing torch are those of the code behind them."""
     from diffusion import samplers, schedules
 
-    assert set(settings.SAMPLERS) == set(samplers.SAMPLERS)
-    assert set(settings.SCHEDULES) == set(schedules.GRIDS)
+    assert set(names.SAMPLERS) == set(samplers.SAMPLERS)
+    assert set(names.SCHEDULES) == set(schedules.GRIDS)
 
 
 def test_a_sampler_name_may_end_in_a_schedule() -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.names import SAMPLERS as SAMPLER_NAMES
+from diffusion.names import resolve_sampler
 from diffusion.samplers import (
     SAMPLERS,
     Denoise,
@@ -34,8 +36,6 @@ from diffusion.schedules import (
     rescale_zero_terminal_snr,
     scaled_linear_betas,
 )
-from diffusion.settings import SAMPLERS as SAMPLER_NAMES
-from diffusion.settings import resolve_sampler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD_BETAS = scaled_linear_betas(1000, 0.00085, 0.012)

@@ -24,12 +24,12 @@ from diffusion.cli import main as cli
 from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
-from diffusion.data.pixels import read_pixels
 from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
 from diffusion.models import networks, text
 from diffusion.models.folder import load_vae, save_network
 from diffusion.models.networks import encode_pixels
+from diffusion.pixels import read_pixels
 from diffusion.tasks.text_to_image import DenoisingLoss
 from runs import (
     autoencoder,

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from diffusion.settings import did_you_mean
+from diffusion.names import did_you_mean
 
 COMMANDS = {
     "generate": "make pictures from text",
     "train": "train a model from a config",
     "evaluate": "measure a model",
+    "export": "write a model as a folder or one file, with LoRAs merged in; rewrite a LoRA",
     "info": "describe this installation, a model folder or a picture",
 }
 

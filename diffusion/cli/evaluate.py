@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     from diffusion.data.source import read_folder
     from diffusion.evaluation import evaluate
     from diffusion.pipeline import TextToImage
-    from diffusion.settings import find_model
+    from diffusion.places import find_model
 
     try:
         name = args.model[0] if args.model else "emoji"
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _write(figures, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    from diffusion.images import make_grid
+    from diffusion.sheets import make_grid
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"figure": name, "pictures": count, "value": value} for name, count, value in figures.rows()]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from diffusion.settings import did_you_mean
+from diffusion.names import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +41,11 @@ def whole(text: str) -> int:
 def number(text: str) -> float:
     """A number."""
     return _read(float, text, "a number")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(number(part) for part in text.split(","))
 
 
 def size(text: str) -> tuple[int, int]:

@@ -11,26 +11,20 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion import settings
-from diffusion.cli.flags import Parser, number, size, whole
-from diffusion.settings import SAMPLERS, SCHEDULES, Settings
+from diffusion.cli.request import Request, parser, quiet_libraries, separate
+from diffusion.settings import PICTURES, Settings, Shot, variants
 
 if TYPE_CHECKING:
-    from diffusion.images import Output
-    from diffusion.pipeline import Progress
+    from PIL import Image
 
-EXAMPLES = """examples:
-  %(prog)s "a red apple"
-  %(prog)s "a red apple" "a green apple" --num-images 4 --seed 7 --output apples/
-  %(prog)s "a red apple" --sampler "DPM++ 2M" --steps 12 --output "apple-{seed}.png"
+    from diffusion.pipeline import Progress, TextToImage
 
-Exit code: 0 done, 2 a request that cannot be met, 1 a failure while running, 130 interrupted.
-"""
+Keep = Callable[["Image.Image", Shot], "Path | None"]
 
 
 def run(argv: Sequence[str], prog: str = "diffusion generate") -> int:
@@ -59,101 +53,118 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
         if args.help:
             reader.print_help()
             return 0
-        request = Request.check(args)
-        wanted = request.filled()
-        voice.event("start", **asdict(wanted), model=str(request.folder), dry_run=args.dry_run)
+        request = Request.check(separate(args))
+        quiet_libraries()
+        model: TextToImage | None = None
+        if request.model.is_file():  # only its weights tell what it is
+            model = load(request, args)
+        full = model.resolved(request.wanted) if model is not None else request.filled()
+        voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run)
         if args.dry_run:
-            voice.note(request.summary(wanted))
+            voice.note(request.summary(full))
             return 0
-        from diffusion.pipeline import TextToImage
-
-        steps = TextToImage.load(request.folder, args.device, args.dtype, request.loras).run(wanted)
+        model = load(request, args) if model is None else model
+        # what is compared may change what the model answers: only the seed is settled
+        each = variants(request.wanted, request.axes)[0] if request.axes else [full]
+        steps = chain.from_iterable([model.run(one) for one in each])
+        total = sum(_steps(model.resolved(one)) for one in each)
         if args.seed is None:
-            voice.note(f"seed {wanted.seed}")
+            voice.note(f"seed {full.seed}")
     except ValueError as error:
         voice.trouble("error", str(error))
         return 2
-    assert wanted.steps is not None and wanted.batch_size is not None  # noqa: PT018 - filled() gave them
-    total = wanted.steps * -(-wanted.count // wanted.batch_size)
-    draw(steps, request.output, voice, total=total, metadata=not args.no_metadata)
+    if request.axes or request.animation is not None:
+        together(steps, request, full, args, voice, total)
+    else:
+        apart(steps, request, args, voice, total)
     return 0
 
 
-def draw(steps: "Iterator[Progress]", output: "Output", voice: "Voice", *, total: int, metadata: bool) -> None:
-    """Follow the steps, and write the pictures of each batch as soon as it is done."""
-    from tqdm import tqdm
+def load(request: Request, args: Namespace) -> "TextToImage":
+    """The model of a request, with all that is put on it."""
+    from diffusion.pipeline import TextToImage
 
+    return TextToImage.load(
+        request.model,
+        args.device,
+        args.dtype,
+        request.loras,
+        control=args.control,
+        lora_folder=args.lora_dir,
+        offline=args.offline,
+    )
+
+
+def apart(steps: "Iterator[Progress]", request: Request, args: Namespace, voice: "Voice", total: int) -> None:
+    """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them."""
     from diffusion.images import save_image, slugify
+    from diffusion.sheets import make_grid, save_film, save_sheet
+
+    images: list[Image.Image] = []
+    frames: list[Image.Image] = []
+
+    def keep(image: "Image.Image", shot: Shot) -> Path:
+        images.append(image)
+        slug = slugify(shot.prompt)
+        return save_image(image, request.output, seed=shot.seed, slug=slug, metadata=not args.no_metadata)
+
+    draw(watched(steps, args, frames), keep, voice, total)
+    if args.grid is not None:
+        voice.picture(save_sheet(make_grid(images), args.grid), kind="grid")
+    if args.film is not None:
+        voice.picture(save_film([*frames, images[0]], args.film), kind="film")
+
+
+def together(
+    steps: "Iterator[Progress]", request: Request, full: Settings, args: Namespace, voice: "Voice", total: int
+) -> None:
+    """Draw everything, then write it as one file: a labelled sheet of what is compared, or an animation."""
+    from diffusion.images import save_image, slugify
+    from diffusion.sheets import make_table, save_film
+
+    images: list[Image.Image] = []
+    draw(watched(steps, args, []), lambda image, _: images.append(image), voice, total)
+    facts = {"prompt": full.prompts[0], "seed": full.seed}
+    if request.animation is not None:
+        voice.picture(save_film(images, request.animation, len(images) / 8), kind="animation", **facts)
+        return
+    _, columns, rows = variants(request.wanted, request.axes)
+    sheet = make_table(images, columns, rows)
+    if not args.no_metadata:
+        sheet.info.update(images[0].info)
+    assert full.seed is not None, "filled() gave it"
+    slug = slugify(full.prompts[0])
+    path = save_image(sheet, request.output, seed=full.seed, slug=slug, metadata=not args.no_metadata)
+    voice.picture(path, kind="comparison", **facts)
+
+
+def watched(steps: "Iterator[Progress]", args: Namespace, frames: "list[Image.Image]") -> "Iterator[Progress]":
+    """The same steps; after each one its preview is written or kept, if that was asked for."""
+    from diffusion.sheets import make_grid, save_sheet
+
+    for step in steps:
+        if args.preview is not None:
+            save_sheet(make_grid(step.preview()), args.preview)
+        if args.film is not None:
+            frames.append(step.preview()[0])
+        yield step
+
+
+def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int) -> None:
+    """Follow the steps, and give the pictures of each batch away as soon as it is done."""
+    from tqdm import tqdm
 
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
         for step in steps:
             bar.update()
-            voice.event("step", index=step.index, total=step.total, seeds=[seed for _, seed in step.pictures])
-            for image, (prompt, seed) in zip(step.images, step.pictures, strict=True) if step.images else ():
+            voice.event("step", index=step.index, total=step.total, seeds=step.seeds)
+            for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
                 if image.getbbox() is None:
-                    raise FloatingPointError(f"the picture of seed {seed} came out black and was not saved")
-                path = save_image(image, output, seed=seed, slug=slugify(prompt), metadata=metadata)
+                    raise FloatingPointError(f"the picture of seed {shot.seed} came out black and was not saved")
+                path = keep(image, shot)
                 with bar.external_write_mode():
-                    voice.picture(path, prompt=prompt, seed=seed)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, once no more can be wrong with it than the length of a prompt."""
-
-    wanted: Settings
-    folder: Path
-    loras: dict[str, float]
-    output: "Output"
-
-    @classmethod
-    def check(cls, args: Namespace) -> "Request":
-        """Check everything that needs no library but, at the end, Pillow. Raises ValueError for the first fault."""
-        given = {item.name: getattr(args, item.name) for item in fields(Settings) if item.name != "prompts"}
-        if args.size is not None:
-            if args.width is not None or args.height is not None:
-                raise ValueError("--size and --width/--height say the same thing: give one of them")
-            given["width"], given["height"] = args.size
-        wanted = Settings(prompts=(*args.words, *args.prompt), **given).seeded()
-        settings.check_device(args.device)
-        settings.resolve_dtype(args.dtype, args.device)
-        folder = settings.find_model(args.model)
-        loras = dict(settings.parse_lora(text) for text in args.lora)
-        wanted.check(settings.read_limits(folder))
-
-        from diffusion.images import check_output, parse_output, slugify
-
-        output = parse_output(args.output)
-        longest = max(map(slugify, wanted.prompts), key=lambda slug: len(slug.encode()))
-        assert wanted.seed is not None, "seeded() gave it"
-        check_output(output, wanted.count, wanted.seed, longest)
-        return cls(wanted, folder, loras, output)
-
-    def filled(self) -> Settings:
-        """The request with the model's own defaults. ValueError for a prompt longer than the encoder reads.
-
-        Reads the tokenizer and the recipe only, so that a long prompt is answered before the weights are loaded.
-        """
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: never wait for a network
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # there is one bar, and it is ours
-        from diffusion.models.folder import read_recipe
-        from diffusion.models.text import read_tokenizers, tokenize
-
-        full = self.wanted.filled(read_recipe(self.folder))
-        full.check(settings.read_limits(self.folder))
-        if not self.loras and settings.base_of(self.folder) is None:  # which may teach the tokenizer words
-            tokenize(read_tokenizers(self.folder), [*full.prompts, full.negative_prompt])
-        return full
-
-    def summary(self, full: Settings) -> str:
-        """What would be drawn, in a line."""
-        pictures = "1 picture" if full.count == 1 else f"{full.count} pictures in batches of {full.batch_size}"
-        model = " + ".join([str(self.folder), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
-        return (
-            f"would draw {pictures}, {full.width}x{full.height}, with {model}: {full.steps} steps of "
-            f"{full.sampler} on {full.schedule}, guidance {full.guidance_scale:g}, seed {full.seed}, "
-            f"to {self.output.template}"
-        )
+                    if path is not None:
+                        voice.picture(path, prompt=shot.prompt, seed=shot.seed)
 
 
 @dataclass(frozen=True)
@@ -196,42 +207,13 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
 
 
-def parser(prog: str) -> Parser:
-    """Every flag, named as the field of ``Settings`` that it gives. One left out is None where the model answers it."""
-    made = Parser(
-        prog=prog,
-        usage="%(prog)s PROMPT ... [flags]",
-        description="Make pictures from text. Every flag may be written with - or _.",
-        epilog=EXAMPLES,
-    )
-    own = "default: the model's own"
-    add: Callable[..., Any] = made.add_argument
-    switch = partial(add, action="store_true")
-    add("words", metavar="PROMPT", nargs="*", help="what to draw; several prompts make several pictures")
-    add("-p", "--prompt", action="append", default=[], help="one more prompt; may be repeated")
-    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
-    add("-m", "--model", default="emoji", help="model folder, or the name of a shipped model (default: %(default)s)")
-    add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
-    add("-o", "--output", metavar="PATH", help="file, folder/ or template with {index} {seed} {slug} (outputs/)")
-    add("-s", "--seed", type=whole, help="seed of the first picture; picture k has seed + k (default: drawn)")
-    add("--steps", type=whole, help=f"denoising steps ({own})")
-    add("--guidance-scale", "--cfg", "--cfg-scale", type=number, metavar="SCALE", help=f"1 turns it off ({own})")
-    add("--sampler", help=f"{', '.join(SAMPLERS)} ({own})")
-    add("--schedule", help=f"{', '.join(SCHEDULES)} ({own})")
-    add("-W", "--width", type=whole, help=f"in pixels ({own})")
-    add("-H", "--height", type=whole, help=f"in pixels ({own})")
-    add("--size", type=size, metavar="WxH", help="both at once, for instance 128x64")
-    add("--num-images", type=whole, default=1, metavar="N", help="pictures of each prompt (default: 1)")
-    add(
-        "--batch-size",
-        type=whole,
-        metavar="N",
-        help="pictures drawn at once (default: what fits)",
-    )
-    add("--device", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
-    add("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)")
-    switch("--json", help="one JSON event a line on stdout: start, step, image, warning, error")
-    switch("--dry-run", help="check the request, say what would be drawn, and stop")
-    switch("--no-metadata", help="leave out how the picture was made")
-    switch("--quiet", help="no progress bar, no notes")
-    return made
+def _steps(full: Settings) -> int:
+    """Steps of all batches, as far as that is known before prompts are read."""
+    assert full.batch_size is not None, "filled() gave it"
+    return full.total_steps * -(-full.count // full.batch_size)
+
+
+def _plain(full: Settings) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    facts = {item.name: getattr(full, item.name) for item in fields(full)}
+    return facts | {name: str(facts[name]) for name in PICTURES if facts[name] is not None}

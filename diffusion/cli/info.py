@@ -31,7 +31,7 @@ def _described(what: str) -> Any:
         from diffusion.images import read_metadata
 
         return read_metadata(what)
-    from diffusion.settings import find_model
+    from diffusion.places import find_model
 
     folder = find_model(what)
     files = ("recipe.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")

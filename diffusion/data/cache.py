@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.data.pixels import View
 from diffusion.data.source import Picture
+from diffusion.pixels import View
 
 Entry = dict[str, Tensor]
 

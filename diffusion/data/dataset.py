@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffusion import rng
 from diffusion.data.order import Visit
-from diffusion.data.pixels import View
 from diffusion.data.source import Picture
+from diffusion.pixels import View
 
 Batch = dict[str, Tensor]
 Visited = tuple[Picture, int]  # a picture and the number of this visit to it

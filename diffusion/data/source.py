@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffusion import rng
-from diffusion.data.pixels import View, look, read_rgb, read_size
+from diffusion.pixels import View, look, read_rgb, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 HELD_OUT = ("held_out", "validation", "valid", "test")

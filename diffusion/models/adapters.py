@@ -3,16 +3,18 @@
 recipe.json (names the base)  pytorch_lora_weights.safetensors  words/<word>.safetensors
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.models import embeddings, lora
 from diffusion.models.folder import Model, write_json
-from diffusion.settings import ADAPTERS
+from diffusion.places import ADAPTERS
 
 WORDS = "words"
 
@@ -32,6 +34,33 @@ def apply(model: Model, path: str | Path, strength: float = 1.0) -> None:
         if not file.stem.endswith("-a1111"):
             _teach(model, file)
     model.adapters[str(path)] = strength
+
+
+def check(model: Model, loras: Sequence[tuple[Path, float]]) -> None:
+    """ValueError if one of the LoRAs that a prompt asks for does not fit the model."""
+    for path, _ in loras:
+        if _is_word(path):
+            raise ValueError(
+                f"{path} is a learnt word and no LoRA: give it by --lora, and write the word in the prompt"
+            )
+        lora.read(path, _networks(model))
+
+
+@contextmanager
+def lent(model: Model, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
+    """Within the block LoRAs are merged into the model; afterwards it is what it was, to the last bit."""
+    networks, before = _networks(model), dict[int, tuple[Tensor, Tensor]]()
+    try:
+        for path, strength in loras:
+            found = lora.read(path, networks)
+            for weight in found.weights(networks):
+                before.setdefault(id(weight), (weight, weight.detach().clone()))
+            found.merge(networks, strength)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in before.values():
+                weight.copy_(value)
 
 
 def save(model: Model, path: Path, base: str, kohya: bool = False) -> None:

@@ -27,7 +27,7 @@ def network_denoiser(unet: Any, schedule: NoiseSchedule, prediction: str, condit
 
     The network runs in its own dtype; x and the estimate stay in the dtype of x.
     """
-    dtype = next(unet.parameters()).dtype
+    dtype = unet.dtype
     condition = {name: value.to(unet.device, dtype) for name, value in condition.items()}
 
     @torch.inference_mode()

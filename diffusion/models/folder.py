@@ -19,8 +19,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffusion import schedules
 from diffusion.models.text import load_tokenizer, save_tokenizer
+from diffusion.places import base_of
 from diffusion.schedules import DiscreteSchedule
-from diffusion.settings import base_of
 
 TEXT_MODELS = (CLIPTextModel, CLIPTextModelWithProjection)
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
@@ -39,6 +39,7 @@ class Recipe:
     trained_on: str = ""
     base: str = ""  # of a folder of adapters: the model that they belong to
     prompts: list[str] = field(default_factory=list)
+    latent_rgb: list[list[float]] | None = None  # from latents and a one to colours, for cheap previews
 
 
 @dataclass(kw_only=True)

@@ -87,13 +87,15 @@ class Lora:
 
     def merge(self, networks: Mapping[str, nn.Module], strength: float) -> None:
         """Merge it into the weights of the networks, in place."""
-        for name, deltas in self.networks.items():
-            layers = dict(networks[name].named_modules())
-            for layer, delta in deltas.items():
-                weight = layers[layer].weight
-                assert isinstance(weight, Tensor)
-                with torch.no_grad():
-                    weight.copy_(delta.merged(weight, strength))
+        deltas = (delta for layers in self.networks.values() for delta in layers.values())
+        with torch.no_grad():
+            for weight, delta in zip(self.weights(networks), deltas, strict=True):
+                weight.copy_(delta.merged(weight, strength))
+
+    def weights(self, networks: Mapping[str, nn.Module]) -> list[Tensor]:
+        """The weights that it changes, in its own order."""
+        layers = {name: dict(networks[name].named_modules()) for name in self.networks}
+        return [getattr(layers[name][layer], "weight") for name, deltas in self.networks.items() for layer in deltas]  # noqa: B009
 
 
 def save(networks: Mapping[str, nn.Module], folder: Path, kohya: bool = False) -> None:
@@ -104,18 +106,25 @@ def save(networks: Mapping[str, nn.Module], folder: Path, kohya: bool = False) -
     adapters = {name: _adapters(network) for name, network in networks.items()}
     adapters = {name: found for name, found in adapters.items() if found}
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(_header(networks, adapters), sort_keys=True)}
-    names = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
-    stock = {
-        f"{network}.{layer}.{names[part]}": tensor
-        for network, layers in adapters.items()
-        for layer, parts in layers.items()
-        for part, tensor in parts.items()
-        if part != "alpha"
-    }
-    _write(stock, folder / FILE, header)
+    _write(_stock(adapters), folder / FILE, _header(adapters))
     if kohya:
-        _write(_kohya(adapters), folder / FILE.replace("pytorch_lora_weights", "kohya"), {"format": "pt"})
+        file = folder / FILE.replace("pytorch_lora_weights", "kohya")
+        _write(_kohya(adapters, "text_encoder_2" in networks), file, {"format": "pt"})
+
+
+def rewrite(
+    lora: Lora, networks: Mapping[str, nn.Module], file: Path, kohya: bool, dtype: torch.dtype | None = None
+) -> None:
+    """Write what was read for these networks in kohya's names, or in diffusers'; ``dtype`` None keeps the numbers."""
+    adapters = {
+        network: {layer: _parts(delta, dtype) for layer, delta in deltas.items()}
+        for network, deltas in lora.networks.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if kohya:
+        _write(_kohya(adapters, "text_encoder_2" in networks), file, {"format": "pt"})
+    else:
+        _write(_stock(adapters), file, _header(adapters))
 
 
 def read(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
@@ -215,23 +224,51 @@ def _adapters(network: nn.Module) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _header(networks: Mapping[str, nn.Module], adapters: Mapping[str, Any]) -> dict[str, Any]:
+def _parts(delta: Delta, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one layer. Without an alpha the change counts as it is, which is an alpha equal to the rank."""
+    assert delta.down is not None and delta.up is not None  # noqa: PT018 - read() has checked it
+    parts = {"down": delta.down, "up": delta.up}
+    parts |= {} if delta.magnitude is None else {"magnitude": delta.magnitude}
+    found = {part: tensor.to(dtype or tensor.dtype).contiguous() for part, tensor in parts.items()}
+    return found | {"alpha": torch.tensor(float(len(delta.down) if delta.alpha is None else delta.alpha))}
+
+
+def _header(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, str]:
     """What diffusers reads rank, alpha and layers from: a ``LoraConfig`` for each network."""
     header: dict[str, Any] = {}
     for name, layers in adapters.items():
-        first = next(iter(layers.values()))
-        facts = {"r": len(first["down"]), "lora_alpha": first["alpha"].item(), "target_modules": sorted(layers)}
-        facts |= {"use_dora": "magnitude" in first}
-        header |= {f"{name}.{key}": value for key, value in facts.items()}
-    return header
+        ranks = {layer: len(parts["down"]) for layer, parts in layers.items()}
+        alphas = {layer: parts["alpha"].item() for layer, parts in layers.items()}
+        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        facts = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
+        facts |= {"use_dora": any("magnitude" in parts for parts in layers.values())}
+        others = {"rank_pattern": _others(ranks, rank), "alpha_pattern": _others(alphas, alpha)}
+        header |= {f"{name}.{key}": value for key, value in (facts | {k: v for k, v in others.items() if v}).items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(header, sort_keys=True)}
 
 
-def _kohya(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def _others(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """The layers whose rank or alpha is not the usual one."""
+    return {layer: value for layer, value in values.items() if value != usual}
+
+
+def _stock(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    names = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
+    return {
+        f"{network}.{layer}.{names[part]}": tensor
+        for network, layers in adapters.items()
+        for layer, parts in layers.items()
+        for part, tensor in parts.items()
+        if part != "alpha"
+    }
+
+
+def _kohya(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]], two: bool) -> dict[str, Tensor]:
+    """In kohya's names; the first of ``two`` text encoders has another one than the only one."""
     names = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
     found = {}
     for network, layers in adapters.items():
-        two = "text_encoder_2" in adapters and network == "text_encoder"
-        prefix = "lora_te1_" if two else KOHYA[network]
+        prefix = "lora_te1_" if two and network == "text_encoder" else KOHYA[network]
         prefix += "text_model_" if network != "unet" else ""
         for layer, parts in layers.items():
             for part, tensor in parts.items():

@@ -2,14 +2,18 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -92,10 +96,37 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     return to_images(pixels)
 
 
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as ``(B, 3, H, W)`` in [-1, 1]."""
+    levels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+    return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """``(B, 3, H, W)`` in [-1, 1] to pictures."""
     levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+@contextmanager
+def wrapped_edges(networks: Iterable[nn.Module], axes: str) -> Iterator[None]:
+    """Within the block, beyond an edge of the axes ``x`` and ``y`` convolutions see the opposite one: pictures tile."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    padded = [layer for layer in layers if any(layer.padding) and not isinstance(layer.padding, str)] if axes else []
+    for layer in padded:
+        layer._conv_forward = partial(_wrapped, layer, axes)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in padded:
+            del layer._conv_forward
+
+
+def _wrapped(layer: nn.Conv2d, axes: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    down, across = (int(side) for side in layer.padding)
+    for axis, pad in (("x", (across, across, 0, 0)), ("y", (0, 0, down, down))):
+        x = nn.functional.pad(x, pad, mode="circular" if axis in axes else "constant")
+    return nn.functional.conv2d(x, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diffusion.config import Config, Loss
 from diffusion.data.dataset import Batch, PixelSet, to_tensor
-from diffusion.data.pixels import View
 from diffusion.data.source import Picture
 from diffusion.models import folder, networks
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import encode_pixels
-from diffusion.settings import find_model
+from diffusion.pixels import View
+from diffusion.places import find_model
 from diffusion.tasks.task import mean_of_each, probe_seed
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from diffusion.data.cache import Cache, Entry, Kept
 from diffusion.data.dataset import Batch, to_tensor
-from diffusion.data.pixels import View
 from diffusion.data.source import Picture
 from diffusion.models import networks, text
 from diffusion.models.folder import Model
+from diffusion.pixels import View
 
 Shown = Sequence[tuple[Picture, View]]
 

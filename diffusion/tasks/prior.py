@@ -39,7 +39,7 @@ def draw_missing(config: Config, *, quiet: bool = False) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     draw = TextToImage.load(config.model.base)
     for seed in tqdm(seeds, desc="drawing the prior", unit="img", leave=False, disable=quiet):
-        (image,) = draw(prior.prompt, seed=seed)
+        (image,) = draw(prior.prompt, seed=seed, literal=True)
         save_image(image, folder / _name(seed))
 
 

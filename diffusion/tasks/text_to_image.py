@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -14,18 +15,21 @@ from diffusion import objectives
 from diffusion.config import Config, Data, Loss
 from diffusion.data.buckets import nearest, shapes
 from diffusion.data.captions import choose_caption, lead, variants
-from diffusion.data.dataset import Batch, LatentSet
-from diffusion.data.pixels import View
+from diffusion.data.dataset import Batch, LatentSet, to_tensor
 from diffusion.data.source import Picture
-from diffusion.models import adapters, embeddings, folder, lora, networks, text
+from diffusion.models import adapters, embeddings, folder, lora, networks, previews, text
 from diffusion.models.denoiser import predict
 from diffusion.models.folder import Forward, Model, Recipe
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import to_latents
 from diffusion.pipeline import TextToImage
-from diffusion.settings import Settings, find_model
+from diffusion.pixels import View
+from diffusion.places import find_model
+from diffusion.settings import Settings
 from diffusion.tasks.encodings import Encodings
 from diffusion.tasks.task import mean_of_each, probe_seed
+
+PREVIEWED = 32  # pictures that the colours of previews are fitted on
 
 
 class DenoisingLoss(nn.Module):
@@ -152,11 +156,21 @@ class TextToImageTask:
         if m.lora is not None or m.words:
             adapters.save(self.model, path, str(m.base), kohya=m.lora is not None and m.lora.kohya)
         else:
-            folder.save_model(self.model, path, dtype)
+            folder.save_model(self._with_preview(), path, dtype)
+
+    def _with_preview(self) -> Model:
+        """The model, whose recipe says how its latents look without decoding them."""
+        if self.model.recipe.latent_rgb is not None:
+            return self.model
+        some = self.pictures[:: max(1, len(self.pictures) // PREVIEWED)][:PREVIEWED]
+        view = View(width=self.config.data.size, height=self.config.data.size, background=self.config.data.background)
+        pixels = np.stack([picture.pixels(view) for picture in some])
+        recipe = dataclasses.replace(self.model.recipe, latent_rgb=previews.fit(self.model.vae, to_tensor(pixels)))
+        return dataclasses.replace(self.model, recipe=recipe)
 
     def samples(self) -> list[Image.Image]:
         self.module.eval()
-        images = TextToImage(self.model)(self._prompts(), seed=0)
+        images = TextToImage(self.model)(self._prompts(), seed=0, literal=True)
         self.module.train()
         return images
 
@@ -169,7 +183,7 @@ class TextToImageTask:
     def _check_recipe(self) -> None:
         """What would only be found wrong when the samples are drawn, after all the training."""
         try:
-            TextToImage(self.model).run(Settings(prompts=tuple(self._prompts()), seed=0))
+            TextToImage(self.model).run(Settings(prompts=tuple(self._prompts()), seed=0, literal=True))
         except ValueError as error:
             raise ValueError(f"recipe: {error}") from None
 

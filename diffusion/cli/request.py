@@ -1,0 +1,302 @@
+"""The flags of ``generate.py``, and what they ask for once no more can be wrong with it than a library can tell."""
+
+import argparse
+import math
+import os
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion import names, places, settings
+from diffusion.cli.flags import Parser, number, numbers, size, whole
+from diffusion.names import SAMPLERS, SCHEDULES
+from diffusion.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusion.images import Output
+
+EXAMPLES = """examples:
+  %(prog)s "a red apple"
+  %(prog)s "a red apple" "a green apple" --num-images 4 --seed 7 --output apples/
+  %(prog)s "a red apple" --sampler "DPM++ 2M" --steps 12 --output "apple-{seed}.png"
+  %(prog)s "a green apple" --init-image apple.png --mask half.png
+  %(prog)s panda --compare steps=5,10,20 cfg=1,3,7
+
+Exit code: 0 done, 2 a request that cannot be met, 1 a failure while running, 130 interrupted.
+"""
+SIDES = ("left", "top", "right", "bottom")
+WORDS = dict.fromkeys(("sampler", "schedule", "negative_prompt"), str)  # fields to compare that are no numbers
+FLOATS = ("guidance_scale", "guidance_rescale", "strength", "hires_strength", "control_scale", "variation_strength")
+SHEETS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, once no more can be wrong with it than the length of a prompt."""
+
+    wanted: Settings
+    model: Path
+    loras: dict[str, float]
+    output: "Output"
+    axes: dict[str, list[Any]]
+    animation: Path | None  # where frames become one file
+
+    @classmethod
+    def check(cls, args: Namespace) -> "Request":
+        """Check everything that needs no library but, at the end, Pillow. Raises ValueError for the first fault."""
+        given = {item.name: getattr(args, item.name) for item in fields(Settings) if item.name != "prompts"}
+        if args.size is not None:
+            if args.width is not None or args.height is not None:
+                raise ValueError("--size and --width/--height say the same thing: give one of them")
+            given["width"], given["height"] = args.size
+        axes = dict(args.compare or ())
+        seeded = Settings(prompts=("",), seed=given["seed"]).seeded()
+        given["seed"] = seeded.seed
+        prompts = (*args.words, *args.prompt, *_listed(args, seeded))
+        wanted = Settings(prompts=prompts, **given)
+        names.check_device(args.device)
+        names.resolve_dtype(args.dtype, args.device)
+        model = find_model(args.model, offline=args.offline)
+        loras = dict(places.parse_lora(text) for text in args.lora)
+        if (args.control is None) != (wanted.control_image is None):
+            raise ValueError("--control and --control-image belong together: a ControlNet and a picture to lead by")
+        for file in (wanted.init_image, wanted.mask, wanted.control_image):
+            if file is not None:
+                settings.sides_of(file)
+        if axes:
+            settings.variants(wanted, axes)
+        wanted.check(places.read_limits(model))
+        return cls(wanted, model, loras, *_outputs(args, wanted, axes))
+
+    def filled(self) -> Settings:
+        """The request with the model's own defaults. ValueError for a prompt longer than the encoder reads.
+
+        Reads the tokenizer and the recipe only, so that a long prompt is answered before the weights are loaded.
+        """
+        from diffusion.models.folder import read_recipe
+        from diffusion.models.text import read, read_tokenizers
+        from diffusion.prompts import literal, parse
+
+        full = self.wanted.filled(read_recipe(self.model))
+        full.check(places.read_limits(self.model))
+        if not self.loras and places.base_of(self.model) is None:  # which may teach the tokenizer words
+            tokenizers = read_tokenizers(self.model)
+            take = literal if full.literal else parse
+            for written in (*full.prompts, full.negative_prompt, *([] if full.to_prompt is None else [full.to_prompt])):
+                read(tokenizers, take(written), long=full.long_prompts)
+        return full
+
+    def summary(self, full: Settings) -> str:
+        """What would be drawn, in a line."""
+        pictures = "1 picture" if full.count == 1 else f"{full.count} pictures in batches of {full.batch_size}"
+        model = " + ".join([str(self.model), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
+        grid = f"on {full.schedule}" if full.sigmas is None else "at the sigmas given"
+        return (
+            f"would draw {pictures}, {full.width}x{full.height}, with {model}: {full.total_steps} steps of "
+            f"{full.sampler} {grid}, guidance {full.guidance_scale:g}, seed {full.seed}, "
+            f"to {self.output.template}"
+        )
+
+
+def find_model(name: str, *, offline: bool) -> Path:
+    """Where a model is; only a Hub id, which is nowhere on disk, needs a library to be found."""
+    try:
+        return places.find_model(name)
+    except ValueError:
+        if not places.is_hub_id(name):
+            raise
+    from diffusion.models.hub import find_on_hub
+
+    return places.find_model(find_on_hub(name, offline))
+
+
+def _listed(args: Namespace, seeded: Settings) -> list[str]:
+    """The prompts of a file, a line each, with their {choices|of words} and __wildcards__ drawn."""
+    if args.prompts is None:
+        return []
+    from diffusion.prompts import expand, read_wildcards
+
+    try:
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{args.prompts} cannot be read as a list of prompts ({error})") from None
+    rows = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not rows:
+        raise ValueError(f"{args.prompts} holds no prompt: write one a line")
+    assert seeded.seed is not None, "seeded() gave it"
+    folder = Path("wildcards") if args.wildcards is None else args.wildcards
+    wildcards = read_wildcards(folder) if args.wildcards is not None or folder.is_dir() else {}
+    return [expand(text, seeded.seed, row, wildcards) for row, text in enumerate(rows)]
+
+
+def _outputs(
+    args: Namespace, wanted: Settings, axes: Mapping[str, Any]
+) -> tuple["Output", dict[str, Any], Path | None]:
+    """Where everything goes, once it is known that it can be written there."""
+    from diffusion.images import check_output, parse_output, slugify
+
+    animated = args.output is not None and str(args.output).lower().endswith(".gif") and wanted.frames is not None
+    output = parse_output(f"{str(args.output)[:-4]}.png" if animated else args.output)
+    longest = max(map(slugify, wanted.prompts), key=lambda slug: len(slug.encode()))
+    assert wanted.seed is not None, "it was given"
+    one = animated or bool(axes)
+    check_output(output, 1 if one else wanted.count, wanted.seed, longest)
+    for flag, path, kinds in (
+        ("--grid", args.grid, SHEETS),
+        ("--preview", args.preview, SHEETS),
+        ("--film", args.film, (".gif", *SHEETS)),
+    ):
+        if path is not None:
+            if path.suffix.lower() not in kinds:
+                raise ValueError(f"{flag} {path} must end in one of {', '.join(kinds)}")
+            check_output(parse_output(path.with_suffix(".png")), 1, wanted.seed, longest)
+    if args.film is not None and (wanted.count > 1 or axes):
+        raise ValueError(f"--film shows how one picture comes about, and {wanted.count} were asked for")
+    if args.grid is not None and one:
+        raise ValueError("--grid is of the pictures of a call, and here they go into one file: leave it out")
+    return output, dict(axes), Path(args.output) if animated else None
+
+
+def compared(text: str) -> tuple[str, list[Any]]:
+    """``steps=10,20,50`` as a field and its values."""
+    name, equals, values = text.partition("=")
+    field = settings.COMPARED.get(name.replace("-", "_"))
+    if not equals or field is None:
+        known = ", ".join(dict.fromkeys(settings.COMPARED.values()))
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE,VALUE with one of the fields {known}")
+    kind: Callable[[str], Any] = WORDS.get(field, number if field in FLOATS else whole)
+    return name.replace("-", "_"), [kind(value.strip()) for value in values.split(",") if value.strip()]
+
+
+def extension(text: str) -> tuple[int, int, int, int]:
+    """``left=64,top=32`` as the pixels on each side."""
+    found = dict.fromkeys(SIDES, 0)
+    for part in text.split(","):
+        side, _, pixels = part.strip().partition("=")
+        if side not in found or not re.fullmatch(r"\d+", pixels):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like left=64,top=32,right=64,bottom=0")
+        found[side] = int(pixels)
+    return found["left"], found["top"], found["right"], found["bottom"]
+
+
+def interval(text: str) -> tuple[float, float | None]:
+    """``0.3,5`` as two numbers; ``0.3,inf`` has no end."""
+    found = numbers(text)
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH")
+    return found[0], None if found[1] == math.inf else found[1]
+
+
+def separate(args: Namespace) -> Namespace:
+    """A prompt that came behind the values of --compare is a prompt."""
+    taken: Sequence[str] = args.compare or ()
+    try:
+        args.compare = [compared(word) for word in taken if re.match(r"[a-z][a-z_-]*=", word)]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--compare: {error}") from None
+    args.words = [*args.words, *(word for word in taken if not re.match(r"[a-z][a-z_-]*=", word))]
+    if taken and not args.compare:
+        raise ValueError("--compare needs a field and its values: steps=10,20,50")
+    return args
+
+
+def parser(prog: str) -> Parser:
+    """Every flag, named as the field of ``Settings`` that it gives. One left out is None where the model answers it."""
+    made = Parser(
+        prog=prog,
+        usage="%(prog)s PROMPT ... [flags]",
+        description="Make pictures from text. Every flag may be written with - or _.",
+        epilog=EXAMPLES,
+    )
+    own = "default: the model's own"
+    for title, add_all in (
+        ("what is drawn", _add_words),
+        ("how", _add_how),
+        ("which pictures", _add_which),
+        ("from a picture", _add_pictures),
+        ("where it goes", _add_outputs),
+        ("the machine", _add_machine),
+    ):
+        add_all(made.add_argument_group(title).add_argument, own)
+    return made
+
+
+def _add_words(add: Callable[..., Any], own: str) -> None:
+    add("words", metavar="PROMPT", nargs="*", help="what to draw; several prompts make several pictures")
+    add("-p", "--prompt", action="append", default=[], help="one more prompt; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="more prompts, one a line, with {one|or other} and __wildcard__")
+    add("--wildcards", type=Path, metavar="DIR", help="where __name__ finds its lines, DIR/name.txt (wildcards/)")
+    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    add("--literal", action="store_true", help="take (brackets:1.2), BREAK and <lora:...> in prompts as text")
+    add("--long-prompts", action="store_true", help="read more than the encoder was made for, in chunks")
+    add("--clip-skip", type=whole, default=1, metavar="N", help="layer of the text encoder: 2 is the last but one")
+    add("-m", "--model", default="emoji", help="folder, .safetensors file, Hub id or shipped model (%(default)s)")
+    add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
+    add("--lora-dir", type=Path, default=Path("loras"), metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
+    add("--offline", action="store_true", help="never ask a network for a model")
+
+
+def _add_how(add: Callable[..., Any], own: str) -> None:
+    add("--steps", type=whole, help=f"denoising steps ({own})")
+    add("--guidance-scale", "--cfg", "--cfg-scale", type=number, metavar="SCALE", help=f"1 turns it off ({own})")
+    add("--guidance-rescale", type=number, default=0.0, metavar="SHARE", help="against burnt contrast, about 0.7")
+    add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="guide only at these sigma / alpha")
+    add("--sampler", help=f"{', '.join(SAMPLERS)} ({own})")
+    add("--schedule", help=f"{', '.join(SCHEDULES)} ({own})")
+    add("--sigmas", type=numbers, metavar="S,S,...", help="sigma / alpha of every step, in place of a schedule")
+    add("--tile", default="", metavar="x|y|xy", help="edges that fit each other")
+
+
+def _add_which(add: Callable[..., Any], own: str) -> None:
+    add("-s", "--seed", type=whole, help="seed of the first picture; picture k has seed + k (default: drawn)")
+    add("-W", "--width", type=whole, help=f"in pixels ({own})")
+    add("-H", "--height", type=whole, help=f"in pixels ({own})")
+    add("--size", type=size, metavar="WxH", help="both at once, for instance 128x64")
+    add("--num-images", type=whole, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    add("--batch-size", type=whole, metavar="N", help="pictures drawn at once (default: what fits)")
+    add("--variation-seed", type=whole, metavar="SEED", help="vary the picture of --seed towards this one, + k")
+    add("--variation-strength", type=number, metavar="SHARE", help="how far, 0 to 1")
+    add("--to-prompt", metavar="TEXT", help="pictures on the way from the prompt to this one")
+    add("--to-seed", type=whole, metavar="SEED", help="and from the noise of --seed to that of this one")
+    add("--frames", type=whole, metavar="N", help="how many on the way; -o way.gif makes one animation of them")
+    add("--share", type=number, help="or the one this far, 0 to 1")
+    add("--compare", nargs="+", metavar="FIELD=V,V", help="one labelled sheet: steps=10,20,50 cfg=3,5,7")
+
+
+def _add_pictures(add: Callable[..., Any], own: str) -> None:
+    add("-i", "--init-image", metavar="FILE", help="begin from this picture")
+    add("--strength", type=number, help="how much of it is drawn anew, up to 1 (0.75; with a mask 1)")
+    add("--mask", metavar="FILE", help="white is drawn anew, black stays to the last bit")
+    add("--mask-blur", type=number, default=4.0, metavar="PIXELS", help="how softly, inside the mask (%(default)g)")
+    add("--extend", type=extension, metavar="left=64,...", help="draw beyond the edges: left, top, right, bottom")
+    add("--hires", type=number, metavar="TIMES", help="draw it again so many times as large")
+    add("--hires-strength", type=number, default=0.5, metavar="SHARE", help="how much of that anew (%(default)g)")
+    add("--control", metavar="DIR", help="a ControlNet's folder, which leads by")
+    add("--control-image", metavar="FILE", help="this picture of edges, depth, poses ...")
+    add("--control-scale", type=number, default=1.0, metavar="SCALE", help="how strongly (%(default)g)")
+
+
+def _add_outputs(add: Callable[..., Any], own: str) -> None:
+    switch = partial(add, action="store_true")
+    add("-o", "--output", metavar="PATH", help="file, folder/ or template with {index} {seed} {slug} (outputs/)")
+    add("--grid", type=Path, metavar="FILE", help="all pictures on one sheet as well")
+    add("--preview", type=Path, metavar="FILE", help="what it looks like so far, after every step")
+    add("--film", type=Path, metavar="FILE", help="how it came about: an animation (.gif) or a strip (.png)")
+    switch("--json", help="one JSON event a line on stdout: start, step, image, warning, error")
+    switch("--dry-run", help="check the request, say what would be drawn, and stop")
+    switch("--no-metadata", help="leave out how the picture was made")
+    switch("--quiet", help="no progress bar, no notes")
+
+
+def _add_machine(add: Callable[..., Any], own: str) -> None:
+    add("--device", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
+    add("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)")
+
+
+def quiet_libraries() -> None:
+    """Tell libraries, before they are imported, that everything is on disk and that the bar is ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

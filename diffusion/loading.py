@@ -1,0 +1,90 @@
+"""From a name to a model in memory: where it is, how it is read, on which device, in which precision, and its hash."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffusion.models.folder import Model, load_model
+from diffusion.names import check_device, resolve_dtype
+from diffusion.places import base_of, find_model, is_hub_id
+
+
+def locate(path: str | Path, *, offline: bool = False) -> Path:
+    """Where a model is: a folder, a shipped model, one file, or a Hub id in the cache or, if need be, on the Hub."""
+    try:
+        return find_model(path)
+    except ValueError:
+        if not is_hub_id(path):
+            raise
+    from diffusion.models.hub import find_on_hub  # slow to import
+
+    return find_model(find_on_hub(str(path), offline))
+
+
+def read_model(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Read a model folder or a single file. ValueError if it does not hold a model that draws."""
+    if path.is_file():
+        from diffusion.interop import load_single_file  # slow to import
+
+        model = load_single_file(path, device, dtype)
+    else:
+        model = load_model(path, device, dtype)
+    expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
+    if expected != found:
+        raise ValueError(
+            f"{path}: its U-Net reads {found} channels where {expected} are drawn; a model made for inpainting or "
+            "upscaling alone cannot draw from text (any other model inpaints with --mask)"
+        )
+    return model
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the fastest one present for None and "auto"; ValueError for one this machine lacks."""
+    check_device(name)
+    present = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name is None or name == "auto":
+        return torch.device(present[0])
+    if torch.device(name).type not in present:
+        raise ValueError(f"device {name!r} is not present on this machine: it has {', '.join(present)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The named dtype; by default bfloat16 on a GPU that has it, and float32 elsewhere."""
+    if isinstance(name, torch.dtype):
+        return name
+    found = resolve_dtype(name, device.type)
+    if found is not None:
+        return getattr(torch, found)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def hash_of(model: Model) -> str:
+    """Ten hexadecimal digits of the SHA-256 of the model's weight files, or of the U-Net where it has none."""
+    files = weight_files(model.path) if model.path else []
+    if files:
+        return hash_files(files)
+    digest = hashlib.sha256()
+    for weight in model.unet.state_dict().values():
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Those of a model folder, of a folder of adapters with its base, or the one file."""
+    if path.is_file():
+        return [path]
+    base = base_of(path)
+    return sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors"), *(weight_files(base) if base else [])])
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Ten hexadecimal digits of the SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:10]

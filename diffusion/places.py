@@ -1,0 +1,127 @@
+"""Where models and what is put on them are found, and what their JSON files allow. Nothing slow is imported."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusion.names import did_you_mean
+
+PACKAGE = Path(__file__).parent
+ADAPTERS = "recipe.json"  # with a ``base`` in it, what is beside it is put on that model
+MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SINGLE_FILE = ".safetensors"
+
+
+class Limits(NamedTuple):
+    """What a model allows: sides are multiples of ``side`` pixels, steps are 1 to ``steps``."""
+
+    side: int
+    steps: int
+
+
+STABLE_DIFFUSION = Limits(side=8, steps=1000)  # what a single file holds, as far as its name can tell
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model: a path, or the name of one that ships with the project; or the one file of a checkpoint.
+
+    ValueError when there is none.
+    """
+    shelves = (PACKAGE.parent / "assets", PACKAGE / "assets")
+    for folder in (Path(name), *(shelf / name for shelf in shelves)):
+        if (folder / "unet").is_dir():
+            missing = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
+            if missing:
+                raise ValueError(f"{folder} is not a whole model folder: it has no {missing[0]}/")
+            return folder
+        if base_of(folder) is not None:
+            return folder
+    if Path(name).is_file():
+        return _single_file(Path(name))
+    shipped = sorted({unet.parent.name for shelf in shelves for unet in shelf.glob("*/unet")})
+    if Path(name).exists():
+        raise ValueError(f"{name} is not a model folder: it has no unet/")
+    known = f" (models that are here: {', '.join(shipped)})" if shipped else ""
+    raise ValueError(
+        f"model {str(name)!r} not found: give the path of a model folder{did_you_mean(str(name), shipped)}{known}"
+    )
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name that is nowhere on disk has the form of a model on the Hugging Face Hub, ``owner/name``."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """``PATH`` or ``PATH:0.8`` as the path and its strength, 1 where none is given. ValueError if nothing is there."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        path, weight = text, "1"
+    try:
+        strength = float(weight)
+    except ValueError:
+        path, strength = text, 1.0
+    if not Path(path).exists():
+        raise ValueError(
+            f"no LoRA at {path}: give a .safetensors file or a folder, and if you like its weight, PATH:0.8"
+        )
+    if not math.isfinite(strength):
+        raise ValueError(f"the weight of {path} must be a finite number, got {weight}")
+    return path, strength
+
+
+def find_lora(name: str, folder: Path) -> Path:
+    """What ``<lora:name:...>`` in a prompt means: a path, or a file or folder of ``folder``. ValueError if nothing."""
+    for path in (Path(name), folder / name, folder / f"{name}{SINGLE_FILE}"):
+        if path.exists():
+            return path
+    known = sorted(path.name.removesuffix(SINGLE_FILE) for path in folder.glob("*")) if folder.is_dir() else []
+    raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {folder}/{did_you_mean(name, known)}")
+
+
+def base_of(folder: Path) -> Path | None:
+    """Of a folder of adapters (LoRA, learnt words) the model that they belong to; None for a model of its own."""
+    if (folder / "unet").is_dir() or not (folder / ADAPTERS).is_file():
+        return None
+    recipe = _read_json(folder / ADAPTERS)
+    base = recipe.get("base") if isinstance(recipe, dict) else None
+    if not base:
+        return None
+    try:
+        return find_model(base)
+    except ValueError as error:
+        raise ValueError(f"{folder} belongs to another model: {error}") from None
+
+
+def read_limits(path: Path) -> Limits:
+    """The limits of a model folder, from its JSON files alone; those of Stable Diffusion for a single file."""
+    folder = base_of(path) or path
+    if folder.is_file():
+        return STABLE_DIFFUSION
+    vae, scheduler = (
+        _read_json(folder / "vae" / "config.json"),
+        _read_json(folder / "scheduler" / "scheduler_config.json"),
+    )
+    try:
+        return Limits(2 ** (len(vae["block_out_channels"]) - 1), scheduler.get("num_train_timesteps", 1000))
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / 'vae' / 'config.json'} does not describe an autoencoder") from None
+
+
+def _single_file(path: Path) -> Path:
+    if path.suffix.lower() != SINGLE_FILE:
+        raise ValueError(
+            f"{path} is not a {SINGLE_FILE} file: other checkpoints can run code when they are opened, "
+            "and are not read; convert it, or take a copy in that format"
+        )
+    return path
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
