@@ -104,6 +104,7 @@ def render(output: Output, *, index: int, seed: int, slug: str) -> Path:
 
 def slugify(prompt: str, limit: int = SLUG_BYTES) -> str:
     """A prompt as part of a file name: lower-case words of any script joined by ``-``, up to ``limit`` UTF-8 bytes."""
+    prompt = re.sub(r"<lora:[^<>]*>", "", prompt)
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
     text = "-".join(words).encode("utf-8", "ignore")[:limit].decode("utf-8", "ignore")
     return text.rstrip("-") or "picture"

@@ -99,6 +99,18 @@ def outline(path: str | Path) -> dict[str, Any]:
     return original.outline({name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
 
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a single file is and what its network puts out, without reading its weights. ValueError as for reading."""
+    path = Path(path)
+    header, shapes = _head(path)
+    try:
+        facts = _facts(header, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_said(error)}") from None
+    kept = {name: facts[name] for name in ("family", "scheduler", "recipe")}
+    return {"path": str(path), **kept, "tensors": len(shapes), "configs": "its own" if FACTS in header else "stock"}
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,14 +24,24 @@ def locate(path: str | Path, *, offline: bool = False) -> Path:
     return find_model(find_on_hub(str(path), offline))
 
 
-def read_model(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a model folder or a single file. ValueError if it does not hold a model that draws."""
+def read_model(
+    path: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction: str | None = None,
+) -> Model:
+    """Read a model folder or a single file. ValueError if it does not hold a model that draws.
+
+    ``prediction`` (epsilon, v_prediction) overrules what the model says, or does not say, that its U-Net puts out.
+    """
     if path.is_file():
         from diffusion.interop import load_single_file  # slow to import
 
-        model = load_single_file(path, device, dtype)
+        model = load_single_file(path, device, dtype, prediction)
     else:
         model = load_model(path, device, dtype)
+        if prediction is not None:
+            model.forward = replace(model.forward, prediction=prediction)
     expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
     if expected != found:
         raise ValueError(

@@ -38,6 +38,7 @@ SCHEDULER_CLASSES = {  # diffusers' class, in lower case without its ending -> o
     "unipcmultistep": "unipc",
     "deismultistep": "deis",
 }
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v_prediction", "v": "v_prediction"}
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short name -> torch's
 
@@ -75,6 +76,13 @@ def resolve_schedule(name: str) -> str:
     if _plain(name) not in names:
         raise unknown("schedule", name, SCHEDULES)
     return names[_plain(name)]
+
+
+def resolve_prediction(name: str | None) -> str | None:
+    """diffusers' name of what a network puts out, from it or its short name. ValueError for any other."""
+    if name is not None and name not in PREDICTIONS:
+        raise unknown("prediction", name, PREDICTIONS)
+    return None if name is None else PREDICTIONS[name]
 
 
 def resolve_dtype(name: str | None, device: str | None) -> str | None:

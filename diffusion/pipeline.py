@@ -17,6 +17,7 @@ from diffusion.loading import choose_device, choose_dtype, hash_files, hash_of, 
 from diffusion.models import adapters, previews
 from diffusion.models.folder import Model, stock_pipeline
 from diffusion.models.networks import decode, spatial_factor
+from diffusion.names import resolve_prediction
 from diffusion.places import Limits
 from diffusion.settings import Settings, Shot, variants
 from diffusion.sheets import make_table
@@ -68,18 +69,20 @@ class TextToImage:
         *,
         control: str | Path | None = None,
         lora_folder: str | Path = "loras",
+        prediction: str | None = None,
         offline: bool = False,
     ) -> "TextToImage":
         """Load a model: a folder, the name of a shipped one, one ``.safetensors`` file, or a Hub id.
 
         A Hub id is looked for in the local cache first, and with ``offline`` nowhere else. ``loras`` are put on the
-        model, each so strongly; ``control`` is a ControlNet's folder. ``device`` None or "auto" takes the fastest one
+        model, each so strongly; ``control`` is a ControlNet's folder; ``prediction`` is for a file that does not say
+        what its network puts out. ``device`` None or "auto" takes the fastest one
         present; ``dtype`` None takes bfloat16 on CUDA and float32 elsewhere. Raises ValueError for what is no model,
         for a LoRA or ControlNet that does not fit it, and for a device or dtype this machine lacks.
         """
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
-        model = read_model(locate(path, offline=offline), where, kind)
+        model = read_model(locate(path, offline=offline), where, kind, resolve_prediction(prediction))
         for lora, strength in (loras or {}).items():
             adapters.apply(model, lora, strength)
         net = None

@@ -1,6 +1,8 @@
 """Every control of a picture, through Python and the command line: against the stock library or what it says."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -478,10 +480,15 @@ def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):  # noqa: F811
     tagged = draw(f"{PROMPT} <lora:red:0.5>", *words)
     assert tagged.code == 0, tagged.err
     flagged = draw(PROMPT, *words, "--lora", f"{red}:0.5")
+    for said in (tagged, flagged):
+        assert "red.safetensors: 64 of 64 keys, 32 layers of unet" in said.err
     pictures = [Image.open(said.paths[0]).tobytes() for said in (plain, tagged, flagged)]
     assert pictures[0] != pictures[1]
     assert pictures[1] == pictures[2]
     assert made(tagged.paths[0])["loras"] == made(flagged.paths[0])["loras"]
+    planned = draw(PROMPT, "--dry-run", "--lora", str(red))
+    assert "64 of 64 keys" in planned.err
+    assert draw(PROMPT, "--dry-run", "--lora", str(red.parent)).code == 2
     both = draw(f"{PROMPT} <lora:red:0.5>", PROMPT, f"{PROMPT} <lora:red>", *words)
     assert [Image.open(path).tobytes() for path in both.paths][:2] == [pictures[1], pictures[0]], "and takes it off"
     assert Image.open(both.paths[2]).tobytes() not in pictures
@@ -496,3 +503,16 @@ def test_the_pictures_of_the_families_are_the_stock_librarys(sd1):
         )
         >= 60
     )
+
+
+def test_the_documentation_knows_every_flag_and_shows_what_is_there():
+    from diffusion.cli.request import parser
+
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "generating.md").read_text(encoding="utf-8")
+    flags = {flag for action in parser("x")._actions for flag in action.option_strings if flag.startswith("--")}
+    assert len(flags) > 50
+    assert {flag for flag in flags if not re.search(rf"{flag}(?![\w-])", page)} <= {"--help", "--cfg-scale"}
+    shown = re.findall(r"!\[\]\((.*?)\)", page)
+    assert len(shown) > 10
+    assert not [name for name in shown if not (docs / name).is_file()]

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -61,6 +61,7 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
         full = model.resolved(request.wanted) if model is not None else request.filled()
         voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run)
         if args.dry_run:
+            tell(request.lora_reports(), voice)
             voice.note(request.summary(full))
             return 0
         model = load(request, args) if model is None else model
@@ -68,6 +69,7 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
         each = variants(request.wanted, request.axes)[0] if request.axes else [full]
         steps = chain.from_iterable([model.run(one) for one in each])
         total = sum(_steps(model.resolved(one)) for one in each)
+        tell(model.model.reports, voice)
         if args.seed is None:
             voice.note(f"seed {full.seed}")
     except ValueError as error:
@@ -78,6 +80,13 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
     else:
         apart(steps, request, args, voice, total)
     return 0
+
+
+def tell(reports: Mapping[str, str], voice: "Voice") -> None:
+    """How much of every LoRA has found its place."""
+    for path, report in reports.items():
+        voice.note(f"{path}: {report}")
+        voice.event("lora", path=path, report=report)
 
 
 def load(request: Request, args: Namespace) -> "TextToImage":
@@ -91,6 +100,7 @@ def load(request: Request, args: Namespace) -> "TextToImage":
         request.loras,
         control=args.control,
         lora_folder=args.lora_dir,
+        prediction=args.prediction,
         offline=args.offline,
     )
 

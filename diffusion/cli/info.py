@@ -1,4 +1,4 @@
-"""``diffusion info [MODEL or PICTURE ...]``: describe the installation, a model folder, or how a picture was made."""
+"""``diffusion info [MODEL or PICTURE ...]``: describe the installation, a model, or how a picture was made."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion import places
 from diffusion.cli.flags import Parser
 
 
@@ -27,13 +28,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _described(what: str) -> Any:
+    if Path(what).suffix.lower() == places.SINGLE_FILE:
+        from diffusion.interop import describe
+
+        return describe(what)
     if Path(what).is_file():
         from diffusion.images import read_metadata
 
         return read_metadata(what)
-    from diffusion.places import find_model
-
-    folder = find_model(what)
+    folder = places.find_model(what)
     files = ("recipe.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     return {"path": str(folder)} | {
         name: json.loads((folder / name).read_text()) for name in files if (folder / name).is_file()

@@ -60,6 +60,7 @@ class Request:
         wanted = Settings(prompts=prompts, **given)
         names.check_device(args.device)
         names.resolve_dtype(args.dtype, args.device)
+        names.resolve_prediction(args.prediction)
         model = find_model(args.model, offline=args.offline)
         loras = dict(places.parse_lora(text) for text in args.lora)
         if (args.control is None) != (wanted.control_image is None):
@@ -89,6 +90,16 @@ class Request:
             for written in (*full.prompts, full.negative_prompt, *([] if full.to_prompt is None else [full.to_prompt])):
                 read(tokenizers, take(written), long=full.long_prompts)
         return full
+
+    def lora_reports(self) -> dict[str, str]:
+        """Of each LoRA how many of its keys fit the model, without reading any weights of the model."""
+        if not self.loras:
+            return {}
+        from diffusion.interop import outline  # slow to import
+        from diffusion.models.adapters import inspect
+
+        networks = outline(self.model)
+        return {path: inspect(networks, Path(path)) for path in self.loras}
 
     def summary(self, full: Settings) -> str:
         """What would be drawn, in a line."""
@@ -235,6 +246,7 @@ def _add_words(add: Callable[..., Any], own: str) -> None:
     add("--long-prompts", action="store_true", help="read more than the encoder was made for, in chunks")
     add("--clip-skip", type=whole, default=1, metavar="N", help="layer of the text encoder: 2 is the last but one")
     add("-m", "--model", default="emoji", help="folder, .safetensors file, Hub id or shipped model (%(default)s)")
+    add("--prediction", metavar="KIND", help="epsilon or v, for a file that does not say what its network puts out")
     add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
     add("--lora-dir", type=Path, default=Path("loras"), metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
     add("--offline", action="store_true", help="never ask a network for a model")

@@ -26,24 +26,32 @@ def apply(model: Model, path: str | Path, strength: float = 1.0) -> None:
         raise ValueError(f"{path}: no such LoRA or learnt word")
     if _is_word(path):
         _teach(model, path)
-    elif path.is_dir() and (path / WORDS).is_dir() and not (path / lora.FILE).is_file():
-        pass
-    else:
-        lora.read(path, _networks(model)).merge(_networks(model), strength)
-    for file in sorted((path / WORDS).glob("*.safetensors")) if path.is_dir() else ():
-        if not file.stem.endswith("-a1111"):
-            _teach(model, file)
+    elif not _only_words(path):
+        found = lora.read(path, _networks(model))
+        found.merge(_networks(model), strength)
+        model.reports[str(path)] = found.report
+    for file in _words_of(path):
+        _teach(model, file)
     model.adapters[str(path)] = strength
 
 
+def inspect(networks: Mapping[str, nn.Module], path: Path) -> str:
+    """What ``apply`` would find in a file or folder, for networks by their names. ValueError if it does not fit."""
+    words = [path] if _is_word(path) else _words_of(path)
+    said = [f"the word {embeddings.read(file)[0]}" for file in words]
+    if not _is_word(path) and not _only_words(path):
+        said.append(lora.read(path, {name: one for name, one in networks.items() if name != "vae"}).report)
+    return ", ".join(said)
+
+
 def check(model: Model, loras: Sequence[tuple[Path, float]]) -> None:
-    """ValueError if one of the LoRAs that a prompt asks for does not fit the model."""
+    """See that the LoRAs that a prompt asks for fit the model, and report on them. ValueError if one does not."""
     for path, _ in loras:
         if _is_word(path):
             raise ValueError(
                 f"{path} is a learnt word and no LoRA: give it by --lora, and write the word in the prompt"
             )
-        lora.read(path, _networks(model))
+        model.reports[str(path)] = lora.read(path, _networks(model)).report
 
 
 @contextmanager
@@ -89,6 +97,15 @@ def _teach(model: Model, file: Path) -> None:
     for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, vectors, strict=True):
         embeddings.add(tokenizer, encoder, {word: rows}, {word: len(rows)})
         embeddings.finish(encoder)
+
+
+def _only_words(path: Path) -> bool:
+    return path.is_dir() and (path / WORDS).is_dir() and not (path / lora.FILE).is_file()
+
+
+def _words_of(path: Path) -> list[Path]:
+    """The learnt words of a folder of adapters, each in one of its two formats."""
+    return [file for file in sorted((path / WORDS).glob("*.safetensors")) if not file.stem.endswith("-a1111")]
 
 
 def _is_word(path: Path) -> bool:

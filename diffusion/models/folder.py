@@ -117,6 +117,7 @@ class Model:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zero_empty: bool = False
     adapters: dict[str, float] = field(default_factory=dict)  # what was merged into the weights, and how strongly
+    reports: dict[str, str] = field(default_factory=dict)  # what a person may want to know of each LoRA
 
     @property
     def tokenizers(self) -> list[CLIPTokenizer]:

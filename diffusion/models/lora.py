@@ -85,6 +85,12 @@ class Lora:
     networks: dict[str, dict[str, Delta]] = field(default_factory=dict)
     keys: int = 0
 
+    @property
+    def report(self) -> str:
+        """How much of the file has found its place: all of it, or ``read`` would have refused it."""
+        parts = ", ".join(f"{len(layers)} layers of {name}" for name, layers in self.networks.items())
+        return f"{self.keys} of {self.keys} keys, {parts}"
+
     def merge(self, networks: Mapping[str, nn.Module], strength: float) -> None:
         """Merge it into the weights of the networks, in place."""
         deltas = (delta for layers in self.networks.values() for delta in layers.values())
