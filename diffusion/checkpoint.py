@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 MANIFEST = "manifest.json"
 SPARE = 64 << 20  # bytes left for logs and samples
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,22 @@ def is_sharded(tensors: Mapping[str, Mapping[str, Tensor]]) -> bool:
     return any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
 
 
+def shortage(folder: Path, need: int, what: str = "a checkpoint takes") -> str | None:
+    """Why ``need`` bytes do not fit on the disk of a folder, which may not be there yet; None if they do."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if need + SPARE <= free:
+        return None
+    return (
+        f"{folder}: {what} {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
+        "make room and run the same command again"
+    )
+
+
 def _make_room(folder: Path, need: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need + SPARE > free:
-        raise OSError(
-            f"{folder}: a checkpoint takes {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
-            "make room and run the same command again"
-        )
+    if (lacking := shortage(folder, need)) is not None:
+        raise OSError(lacking)
 
 
 def _seal(stage: Path, final: Path, step: int, state: Mapping[str, Any]) -> None:
@@ -105,6 +114,24 @@ def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     return next((path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None)
+
+
+def newest_state(folder: Path) -> Mapping[str, Any]:
+    """The plain values of the newest sealed checkpoint, without its tensors being looked at; empty if there is none."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if _is_whole(path, "state.json"):
+            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A digest of weights by the sum of the bits of each: as fast as reading them, and blind only to permutations."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        whole = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
+        bits = whole.view(_INTEGERS[whole.element_size()]).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tuple(whole.shape)} {whole.dtype} {bits}\n".encode())
+    return digest.hexdigest()
 
 
 def read(path: Path, like: Callable[[str], Tensor | None] = lambda name: None) -> Checkpoint:
@@ -134,10 +161,12 @@ def _read_shards(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str
     return wanted
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, file: str | None = None) -> bool:
+    """Whether all files of a sealed folder, or the one that is named, are as they were written."""
     try:
         digests = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        return bool(digests) and all(_sha256(path / name) == digest for name, digest in digests.items())
+        looked_at = digests if file is None else {file: digests[file]}
+        return bool(digests) and all(_sha256(path / name) == digest for name, digest in looked_at.items())
     except (OSError, ValueError, KeyError):
         return False
 

@@ -9,7 +9,7 @@ with its dotted path and, for a typo, the nearest known key. ``1e-4`` is a numbe
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from diffusion.places import OTHER_FORMAT, SINGLE_FILE, word_file, word_tokens
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -53,8 +55,8 @@ class Prior:
     """Pictures of what the model knows already, so that it does not forget it (DreamBooth, 2208.12242)."""
 
     prompt: Annotated[str, "what they show: the class of the subject, for instance a dog"]
-    count: Annotated[Positive, "how many; those that are missing are drawn by the model before it is trained"] = 100
-    path: Annotated[str | None, "folder; null: <output>/<name>/prior"] = None
+    count: Annotated[Positive, "how many the model draws, before it is trained; of a path all are taken"] = 100
+    path: Annotated[str | None, "folder of pictures that are there; null: <output>/<name>/prior, drawn"] = None
     weight: Annotated[Rate, "of their loss"] = 1.0
 
 
@@ -82,6 +84,11 @@ class Data:
     balance_power: Annotated[Fraction, "1: every group is drawn equally often; 0: every picture is"] = 1.0
     captions: Annotated[Captions, "caption choice"] = Field(default_factory=Captions)
     prior: Annotated[Prior | None, "pictures of the model's own, seen as often as those of path"] = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ``path`` names tar files, one or several in braces or with stars: compressed ones are told apart."""
+        return re.search(r"\.(tar(\.\w+)?|tgz)$", self.path) is not None
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -131,7 +138,19 @@ class Model:
     words: Annotated[list[Word], "learn these words and nothing else, or beside adapters"] = Field(default_factory=list)
     beta_schedule: Annotated[Literal["linear", "scaled_linear", "cosine"], "forward process"] = "scaled_linear"
     zero_terminal_snr: Annotated[bool, "rescale the betas so that the last step is pure noise (2305.08891)"] = False
-    prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], "what the U-Net puts out"] = "epsilon"
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample", "flow"],
+        "what the U-Net puts out; flow: the velocity of the straight path from data to noise (2209.03003)",
+    ] = "epsilon"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Distill:
+    """A student whose single steps go as far as several guided ones of ``model.base`` (2202.00512, 2210.03142)."""
+
+    steps: Annotated[Positive, "steps that the student draws in, without guidance"] = 4
+    teacher_steps: Annotated[Positive, "steps of the teacher that one of them stands for"] = 5
+    guidance: Annotated[Rate, "the teacher's guidance scale, which the student learns"] = 5.0
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -147,6 +166,7 @@ class Loss:
     density_std: Annotated[Annotated[float, Field(gt=0)], "logit-normal width"] = 1.0
     offset_noise: Annotated[Rate, "size of noise that is one number a channel, so that brightness is learnt too"] = 0.0
     input_perturbation: Annotated[Rate, "size of noise that only the network's input gets (2301.11706)"] = 0.0
+    distill: Annotated[Distill | None, "learn to draw in a few steps from model.base"] = None
     l1: Annotated[Rate, "weight of the absolute pixel error"] = 1.0
     mse: Annotated[Rate, "weight of the squared pixel error"] = 1.0
     gradient: Annotated[Rate, "weight of the absolute error of horizontal and vertical differences"] = 0.0
@@ -170,8 +190,8 @@ class Train:
         Literal["adamw", "adamw8bit", "adafactor", "muon", "prodigy", "schedule_free"],
         "adamw8bit, prodigy and schedule_free if their packages are installed",
     ] = "adamw"
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2), "AdamW betas"] = Field(
-        default_factory=lambda: [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2), "AdamW betas"] = (
+        Field(default_factory=lambda: [0.9, 0.999])
     )
     weight_decay: Annotated[Rate, "AdamW weight decay"] = 0.01
     clip: Annotated[Rate, "gradient norm ceiling; 0 turns it off"] = 1.0
@@ -218,7 +238,7 @@ class Config:
     task: Annotated[Literal["autoencoder", "text_to_image"], "what is trained"]
     name: Annotated[Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")], "the run writes to <output>/<name>/"]
     data: Annotated[Data, "pictures and captions"]
-    seed: Annotated[Count, "names every random draw of the run"] = 0
+    seed: Annotated[Annotated[int, Field(ge=0, lt=2**63)], "names every random draw of the run"] = 0
     output: Annotated[str, "folder of all runs"] = "runs"
     model: Annotated[Model, "networks"] = Field(default_factory=Model)
     loss: Annotated[Loss, "objective"] = Field(default_factory=Loss)
@@ -269,12 +289,107 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def validate(tree: dict[str, Any], source: str = "config") -> Config:
     """A nested mapping as a Config; ``ValueError`` with one line a fault."""
     try:
-        return TypeAdapter(Config).validate_json(
+        config = TypeAdapter(Config).validate_json(
             json.dumps(tree, default=str)
         )  # strict, yet takes mappings for classes
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors()]
-        raise ValueError("\n".join(f"{source}: {fault}" for fault in faults)) from None
+    else:
+        faults = [*_idle(config), *_clashes(config.model.words)]
+    if faults:
+        raise ValueError("\n".join(f"{source}: {fault}" for fault in faults))
+    return config
+
+
+# --- what goes together -----------------------------------------------------------------------------------------------
+
+# (when, what is then without effect, what it is about): said, instead of being passed over in silence
+IDLE: tuple[tuple[Callable[[Config], bool], tuple[str, ...], str], ...] = (
+    (
+        lambda c: c.task == "text_to_image",
+        (
+            *("data.crop", "model.vae", "model.train_encoder"),
+            *("loss.l1", "loss.mse", "loss.gradient", "loss.kl", "loss.adversarial", "loss.adversarial_after"),
+        ),
+        "task text_to_image, which trains no autoencoder",
+    ),
+    (
+        lambda c: c.task == "autoencoder",
+        (
+            *("model.autoencoder", "model.tokenizer", "model.text_encoder", "model.unet", "model.train_text_encoder"),
+            *("model.lora", "model.words", "model.beta_schedule", "model.zero_terminal_snr", "model.prediction"),
+            *("loss.weighting", "loss.gamma", "loss.density", "loss.density_mean", "loss.density_std"),
+            *("loss.offset_noise", "loss.input_perturbation", "loss.distill", "data.captions", "data.prior", "recipe"),
+        ),
+        "task autoencoder, which sees pictures alone",
+    ),
+    (
+        lambda c: c.model.lora is not None or bool(c.model.words),
+        ("model.train_text_encoder",),
+        "model.lora or model.words, beside which the networks stay as they are (adapters: model.lora.text_encoder)",
+    ),
+    (
+        lambda c: c.model.prediction == "flow",
+        ("model.beta_schedule", "model.zero_terminal_snr"),
+        "model.prediction flow, whose path is straight and ends in pure noise",
+    ),
+    (
+        lambda c: c.data.sharded,
+        ("data.captions.text", "data.captions.source", "data.prior", "data.balance", "data.buckets"),
+        "shards, which bring their own captions and are read as they come",
+    ),
+    (
+        lambda c: c.loss.distill is not None,
+        (
+            *("loss.weighting", "loss.gamma", "loss.density", "loss.density_mean", "loss.density_std"),
+            *("loss.offset_noise", "loss.input_perturbation"),
+        ),
+        "loss.distill, whose times are the student's steps",
+    ),
+    (lambda c: c.train.auto_batch, ("train.micro_batch",), "train.auto_batch, which chooses it"),
+)
+
+
+def _idle(config: Config) -> Iterator[str]:
+    """Fields that were set and would do nothing."""
+    for applies, names, reason in IDLE:
+        for name in names if applies(config) else ():
+            yield from (f"{path}: has no effect with {reason}; leave it out" for path in _changed(config, name))
+
+
+def _changed(config: Config, name: str) -> Iterator[str]:
+    """The dotted path of a field that is not at its default, or of those in it where it is a section."""
+    section: Any = config
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        section = getattr(section, parent)
+    value, default = getattr(section, leaf), _default(type(section), leaf)
+    if is_dataclass(value) and is_dataclass(default):
+        for field in fields(value):
+            yield from _changed(config, f"{name}.{field.name}")
+    elif value != default:
+        yield name
+
+
+def _default(section: type, name: str) -> Any:
+    """What a field is where nothing is said of it."""
+    default = next(field.default for field in fields(section) if field.name == name)
+    factory = getattr(default, "default_factory", None)  # pydantic keeps a FieldInfo where a factory is used
+    return default if factory is None else factory()
+
+
+def _clashes(words: Sequence[Word]) -> Iterator[str]:
+    """Learnt words that would share a token or a file."""
+    owners: dict[str, str] = {}
+    for number, word in enumerate(words):
+        if word_file(word.word)[0].removesuffix(SINGLE_FILE).endswith(OTHER_FORMAT):
+            yield f"model.words.{number}.word: {word.word} ends as the second file of a word does; rename it"
+        parts = [f"the token {token}" for token in word_tokens(word.word, word.vectors)]
+        for part in (*parts, *(f"the file {file.casefold()}" for file in word_file(word.word))):
+            if part in owners:
+                yield f"model.words.{number}.word: {word.word} and {owners[part]} would share {part}; rename one"
+                break
+            owners[part] = word.word
 
 
 def dump(config: Config) -> str:
@@ -334,6 +449,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _describe(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "json_invalid":  # what YAML may say, and UTF-8 may not
+        return "a text of it holds half a character (a lone surrogate)"
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [path for path, _, _ in documented_fields()] + [field.name for field in fields(Config)]
         near = difflib.get_close_matches(where, known, 1, 0.6)

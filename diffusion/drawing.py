@@ -15,12 +15,13 @@ from torch import Tensor
 from diffusion import canvas, prompts, rng
 from diffusion.canvas import Canvas
 from diffusion.guidance import classifier_free_guidance, keep_known
-from diffusion.models import adapters, text
+from diffusion.loading import hash_files, weight_files
+from diffusion.models import adapters, previews, text
 from diffusion.models.denoiser import network_denoiser
 from diffusion.models.folder import Model
-from diffusion.models.networks import decode, spatial_factor, to_latents, to_pixels, wrapped_edges
+from diffusion.models.networks import decode, to_latents, to_pixels, wrapped_edges
 from diffusion.places import find_lora
-from diffusion.samplers import SAMPLERS, Denoise, initial_scale
+from diffusion.samplers import SAMPLERS, Denoise, initial_scale, rotate, seed_noise
 from diffusion.schedules import Level, levels, levels_of
 from diffusion.settings import Settings, Shot
 
@@ -78,19 +79,26 @@ class Drawing:
         """Read everything that a request names. ValueError for what is not there, or does not fit."""
         words = read_words(model, full)
         text.check_layers(model.text_encoders, full.clip_skip)
-        board = canvas.make_canvas(full, spatial_factor(model.vae))
+        board = canvas.make_canvas(full, model.factor)
         grids = _grids(model, full)
         found = cls(
             model=model, full=full, words=words, board=board, grids=grids, control=control, lora_folder=lora_folder
         )
         for shot in full.shots():
             adapters.check(model, found.loras(shot))
+        if model.compiled is not None and (full.tile or control or any(map(found.loras, full.shots()))):
+            raise ValueError("a compiled U-Net is what it is: leave out compile, or tile, control and <lora:...>")
         return found
 
     def loras(self, shot: Shot) -> tuple[tuple[Path, float], ...]:
         """What a picture's prompt asks to be put on the model for it."""
         tags = self.words.prompts[shot.prompt].loras
         return tuple((find_lora(name, self.lora_folder), strength) for name, strength in tags)
+
+    def lora_facts(self, shot: Shot) -> list[dict[str, Any]]:
+        """Name, weight and hash of everything that is on the model for a picture."""
+        put_on = [*((Path(path), strength) for path, strength in self.model.adapters.items()), *self.loras(shot)]
+        return [{"name": p.stem, "weight": w, "hash": hash_files(weight_files(p))} for p, w in put_on]
 
     def batches(self) -> Iterator[list[Shot]]:
         """Shots that go through the network together: their prompts are as long, and ask for the same LoRAs."""
@@ -129,7 +137,7 @@ class Drawing:
         assert self.full.width is not None and self.full.height is not None  # noqa: PT018 - filled() gave them
         width, height = self.full.width, self.full.height
         if known is not None:
-            height, width = (side * spatial_factor(self.model.vae) for side in known.shape[2:])
+            height, width = (side * self.model.factor for side in known.shape[2:])
         noise = self._first_noise(shots, height, width)
         denoise = self._denoiser(shots, height, width)
         if known is None:
@@ -139,7 +147,7 @@ class Drawing:
 
     def _known(self, before: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Latents to begin from, of the canvas or of what was drawn so far, enlarged; and where they are drawn anew."""
-        factor = spatial_factor(self.model.vae)
+        factor = self.model.factor
         if before is not None:
             images = decode(self.model.vae, before)
             sides = [round(side * (self.full.hires or 1) / factor) * factor for side in images[0].size]
@@ -156,7 +164,7 @@ class Drawing:
 
     def _first_noise(self, shots: Sequence[Shot], height: int, width: int) -> Tensor:
         """The noise of each shot's seed, or on the arc from there to another seed's."""
-        cells = height // spatial_factor(self.model.vae), width // spatial_factor(self.model.vae)
+        cells = height // self.model.factor, width // self.model.factor
         shape = (self.model.unet.config.in_channels, *cells)
         drawn = []
         for shot in shots:
@@ -197,28 +205,20 @@ class Drawing:
     def _network(self, height: int, width: int) -> Any:
         """The U-Net, or the U-Net as a ControlNet leads it."""
         if self.control is None or self.full.control_image is None:
-            return self.model.unet
+            return self.model.unet if self.model.compiled is None else self.model.compiled
         from diffusion.models.control import Controlled  # slow to import
 
         picture = canvas.fit(canvas.read(self.full.control_image), (width, height))
         return Controlled(self.model.unet, self.control, (to_pixels([picture]) + 1) / 2, self.full.control_scale)
 
 
-def seed_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal of a shape without batch: what the stock library draws for a seed on the CPU."""
-    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
-
-
-def rotate(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """On the great arc from one noise to another (slerp, Shoemake 1985): noise all the way, as on no straight line."""
-    if share in (0, 1):
-        return end if share else start
-    one, other = start.double(), end.double()
-    angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
-    if angle.sin() < 1e-6:
-        return torch.lerp(start, end, share)
-    turned = torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other
-    return (turned / angle.sin()).to(start.dtype)
+def preview(model: Model, latents: Tensor, *, exact: bool = False) -> list[Image.Image]:
+    """What latents ``(B, C, h, w)`` look like: by the linear map of the recipe, by one that is fitted, or decoded."""
+    if exact:
+        return decode(model.vae, latents)
+    if model.recipe.latent_rgb is None:
+        model.recipe.latent_rgb = previews.fit(model.vae)
+    return previews.draw(latents, model.recipe.latent_rgb, model.factor)
 
 
 def _grids(model: Model, full: Settings) -> list[list[Level]]:

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from diffusion.models import original
 from diffusion.models.clip_tokenizer import LENGTH, clip_tokenizer
 from diffusion.models.folder import TEXT_MODELS, Forward, Model, Recipe
+from diffusion.models.stock import CLIPTokenizer
 from diffusion.models.text import load_tokenizer
 from diffusion.places import base_of
 
@@ -72,6 +72,8 @@ def save_single_file(model: Model, path: str | Path, dtype: torch.dtype | None =
     ValueError for a model that the format has no place for, such as the toolkit's own.
     """
     path = Path(path)
+    if model.prediction not in PREDICTIONS:
+        raise ValueError(f"Stable Diffusion's original format has no name for the prediction {model.prediction!r}")
     family = original.family_of(model.networks)
     tensors = original.to_original(model.networks)
     stored = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}

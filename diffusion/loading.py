@@ -4,12 +4,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffusion.models.folder import Model, load_model
+from diffusion.models.packing import pack
 from diffusion.names import check_device, resolve_dtype
 from diffusion.places import base_of, find_model, is_hub_id
+from diffusion.precision import fast_dtype
+
+SMALL = 100_000_000  # weights of a U-Net; Stable Diffusion's has 860 million
 
 
 def locate(path: str | Path, *, offline: bool = False) -> Path:
@@ -42,6 +47,7 @@ def read_model(
         model = load_model(path, device, dtype)
         if prediction is not None:
             model.forward = replace(model.forward, prediction=prediction)
+    hasten(model)
     expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
     if expected != found:
         raise ValueError(
@@ -49,6 +55,28 @@ def read_model(
             "upscaling alone cannot draw from text (any other model inpaints with --mask)"
         )
     return model
+
+
+def hasten(model: Model) -> None:
+    """Memory layouts that kernels are fast at; pixels stay what they were, but for rounding in float32."""
+    for network in (model.unet, model.vae):
+        network.to(memory_format=torch.channels_last)
+        if network.device.type == "cpu":
+            pack(network)
+
+
+def compile_network(model: Model) -> None:
+    """Draw with a compiled U-Net from now on. ValueError for one whose weights have to stay changeable."""
+    from diffusion.models.compiled import Compiled  # slow to import
+
+    model.compiled = Compiled(model.unet)
+
+
+def read_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> Any:
+    """A ControlNet that belongs to the model. ValueError if it does not."""
+    from diffusion.models.control import load_control  # slow to import
+
+    return load_control(path, model, device, dtype)
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -62,14 +90,25 @@ def choose_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The named dtype; by default bfloat16 on a GPU that has it, and float32 elsewhere."""
+def choose_dtype(name: str | torch.dtype | None, device: torch.device, weights: int = 0) -> torch.dtype:
+    """The named dtype; by default what the device is fast at, and float32 for a U-Net of few ``weights`` on a CPU.
+
+    A small network takes no longer in float32 than its libraries take to import, and float32 draws the same picture on
+    every machine, in every batch.
+    """
     if isinstance(name, torch.dtype):
         return name
     found = resolve_dtype(name, device.type)
     if found is not None:
         return getattr(torch, found)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.float32 if device.type == "cpu" and weights < SMALL else fast_dtype(device)
+
+
+def count_weights(path: Path) -> int:
+    """Of a model's U-Net, or of all of a single file, by the size of its files: two bytes a weight at least."""
+    folder = base_of(path) or path
+    files = [folder] if folder.is_file() else list((folder / "unet").glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) // 2
 
 
 def hash_of(model: Model) -> str:

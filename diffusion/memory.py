@@ -1,5 +1,6 @@
 """How much memory a training step takes, and how large a batch may be for it to fit."""
 
+import math
 from collections.abc import Callable
 
 import psutil
@@ -9,20 +10,28 @@ from torch import Tensor
 MARGIN = 1.25  # buffers of kernels and of the backward pass, on top of what autograd keeps
 
 
-def saved_bytes(loss: Callable[[], Tensor]) -> int:
-    """Bytes that are kept from the forward pass for the backward pass, weights not counted."""
-    storages: dict[int, int] = {}
+def saved_bytes(loss: Callable[[], Tensor], limit: float = math.inf) -> int:
+    """Bytes that are kept from the forward pass for the backward pass, weights not counted.
+
+    MemoryError as soon as they are more than ``limit``: the machine need not run into it.
+    """
+    storages, total = set[int](), 0
     alive: list[Tensor] = []  # so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if not (tensor.is_leaf and tensor.requires_grad) and storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            total += storage.nbytes()
             alive.append(tensor)
+        if total > limit:
+            raise MemoryError(f"more than {limit} bytes")
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
-    return sum(storages.values())
+    return total
 
 
 def free_bytes(device: torch.device) -> int:

@@ -19,6 +19,15 @@ NUMBERS = {  # kept for each trained weight, to tell memory beforehand
 }
 
 
+PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+
+
+def check(train: Train) -> None:
+    """ValueError if the optimizer that the config names lives in a package that is not installed."""
+    if train.optimizer in PACKAGES:
+        _installed(PACKAGES[train.optimizer])
+
+
 def build(module: nn.Module, train: Train) -> torch.optim.Optimizer:
     """The optimizer that the config names, over what is trainable; weight decay on matrices and kernels only.
 
@@ -42,11 +51,11 @@ def build(module: nn.Module, train: Train) -> torch.optim.Optimizer:
         case "adafactor":  # Shazeer & Stern 1804.04235: the second moments of a matrix in its rows and columns
             return torch.optim.Adafactor(groups, lr=train.lr)
         case "adamw8bit":  # Dettmers et al. 2110.02861
-            return _installed("bitsandbytes").optim.AdamW8bit(groups, lr=train.lr, betas=betas)
+            return _installed(PACKAGES["adamw8bit"]).optim.AdamW8bit(groups, lr=train.lr, betas=betas)
         case "prodigy":  # Mishchenko & Defazio 2306.06101: train.lr multiplies the size it finds, so it is 1
-            return _installed("prodigyopt").Prodigy(groups, lr=train.lr, betas=betas)
+            return _installed(PACKAGES["prodigy"]).Prodigy(groups, lr=train.lr, betas=betas)
         case _:  # "schedule_free": Defazio et al. 2405.15682; wants a constant train.lr_schedule and no EMA
-            return _installed("schedulefree").AdamWScheduleFree(groups, lr=train.lr, betas=betas)
+            return _installed(PACKAGES["schedule_free"]).AdamWScheduleFree(groups, lr=train.lr, betas=betas)
 
 
 def _installed(package: str) -> Any:

@@ -4,23 +4,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffusion import __version__
-from diffusion.drawing import Drawing, seed_noise
 from diffusion.images import metadata_texts
-from diffusion.loading import choose_device, choose_dtype, hash_files, hash_of, locate, read_model, weight_files
-from diffusion.models import adapters, previews
-from diffusion.models.folder import Model, stock_pipeline
-from diffusion.models.networks import decode, spatial_factor
 from diffusion.names import resolve_prediction
 from diffusion.places import Limits
+from diffusion.samplers import seed_noise
 from diffusion.settings import Settings, Shot, variants
 from diffusion.sheets import make_table
+
+if TYPE_CHECKING:  # the libraries of the networks take seconds to import: not before a model is loaded
+    from diffusion.drawing import Drawing
+    from diffusion.models.folder import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,9 @@ class Progress:
 
     def preview(self, *, exact: bool = False) -> list[Image.Image]:
         """What the pictures look like so far: a linear function of the estimated latents, or the estimate decoded."""
-        vae = self._of.model.vae
-        if exact:
-            return decode(vae, self.denoised)
-        return previews.draw(self.denoised, self._of.preview_matrix, spatial_factor(vae))
+        from diffusion.drawing import preview
+
+        return preview(self._of.model, self.denoised, exact=exact)
 
 
 @dataclass
@@ -55,7 +54,7 @@ class TextToImage:
     One call or stream at a time: what a prompt puts on the model (``<lora:...>``) is on it until its last step.
     """
 
-    model: Model
+    model: "Model"
     control: Any = None  # a ControlNetModel
     lora_folder: Path = field(default_factory=lambda: Path("loras"))  # where <lora:name> looks
 
@@ -70,26 +69,30 @@ class TextToImage:
         control: str | Path | None = None,
         lora_folder: str | Path = "loras",
         prediction: str | None = None,
+        compile: bool = False,
         offline: bool = False,
     ) -> "TextToImage":
         """Load a model: a folder, the name of a shipped one, one ``.safetensors`` file, or a Hub id.
 
         A Hub id is looked for in the local cache first, and with ``offline`` nowhere else. ``loras`` are put on the
         model, each so strongly; ``control`` is a ControlNet's folder; ``prediction`` is for a file that does not say
-        what its network puts out. ``device`` None or "auto" takes the fastest one
-        present; ``dtype`` None takes bfloat16 on CUDA and float32 elsewhere. Raises ValueError for what is no model,
-        for a LoRA or ControlNet that does not fit it, and for a device or dtype this machine lacks.
+        what its network puts out; ``compile`` compiles the U-Net, which pays after minutes of drawing. ``device`` None
+        or "auto" takes the fastest one present, ``dtype`` None what that is fast at. Raises ValueError for what is no
+        model, for a LoRA or ControlNet that does not fit it, and for a device or dtype this machine lacks.
         """
-        where = choose_device(device)
-        kind = choose_dtype(dtype, where)
-        model = read_model(locate(path, offline=offline), where, kind, resolve_prediction(prediction))
+        from diffusion import loading
+        from diffusion.models import adapters
+
+        prediction = resolve_prediction(prediction)
+        where = loading.choose_device(device)
+        found = loading.locate(path, offline=offline)
+        kind = loading.choose_dtype(dtype, where, loading.count_weights(found))
+        model = loading.read_model(found, where, kind, prediction)
         for lora, strength in (loras or {}).items():
             adapters.apply(model, lora, strength)
-        net = None
-        if control is not None:
-            from diffusion.models.control import load_control  # slow to import
-
-            net = load_control(control, model, where, kind)
+        if compile:
+            loading.compile_network(model)
+        net = None if control is None else loading.read_control(control, model, where, kind)
         return cls(model, net, Path(lora_folder))
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
@@ -109,6 +112,8 @@ class TextToImage:
 
     def run(self, wanted: Settings) -> Iterator[Progress]:
         """The steps of a checked request."""
+        from diffusion.drawing import Drawing
+
         full = self.resolved(wanted)
         drawing = Drawing.plan(self.model, full, self.control, self.lora_folder)
         return (step for shots in drawing.batches() for step in self._batch(drawing, shots))
@@ -125,7 +130,7 @@ class TextToImage:
     def resolved(self, wanted: Settings) -> Settings:
         """The request with every default answered by this model, and checked against it."""
         full = wanted.filled(self.model.recipe)
-        full.check(Limits(spatial_factor(self.model.vae), self.model.schedule.num_timesteps))
+        full.check(Limits(self.model.factor, self.model.schedule.num_timesteps))
         if self.control is None and full.control_image is not None:
             raise ValueError("control_image needs a ControlNet: load one with control")
         if self.control is not None and full.control_image is None:
@@ -134,27 +139,25 @@ class TextToImage:
 
     def first_noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Standard normal ``(B, C, h, w)``: for each seed what the stock library draws for it on the CPU."""
-        factor = spatial_factor(self.model.vae)
-        shape = (self.model.unet.config.in_channels, height // factor, width // factor)
+        shape = (self.model.unet.config.in_channels, height // self.model.factor, width // self.model.factor)
         return torch.stack([seed_noise(seed, shape) for seed in seeds])
 
     def to_diffusers(self) -> Any:
         """The stock ``StableDiffusionPipeline`` over these weights, with DDIM on our ``trailing`` grid."""
-        return stock_pipeline(self.model)
+        from diffusion.models.folder import stock_pipeline
 
-    @cached_property
-    def preview_matrix(self) -> list[list[float]]:
-        """From latents to colours: what the recipe says, or fitted now."""
-        return self.model.recipe.latent_rgb or previews.fit(self.model.vae)
+        return stock_pipeline(self.model)
 
     @cached_property
     def model_hash(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the model's weights."""
+        from diffusion.loading import hash_of
+
         return hash_of(self.model)
 
     # --- how
 
-    def _batch(self, drawing: Drawing, shots: Sequence[Shot]) -> Iterator[Progress]:
+    def _batch(self, drawing: "Drawing", shots: Sequence[Shot]) -> Iterator[Progress]:
         total = drawing.full.total_steps
         for reached in drawing.steps(shots):
             yield Progress(
@@ -167,16 +170,15 @@ class TextToImage:
                 _of=self,
             )
 
-    def _finished(self, drawing: Drawing, shots: Sequence[Shot], latents: Tensor) -> list[Image.Image]:
+    def _finished(self, drawing: "Drawing", shots: Sequence[Shot], latents: Tensor) -> list[Image.Image]:
         images = drawing.pictures(latents)
         for image, shot in zip(images, shots, strict=True):
             image.info.update(metadata_texts(self._made(drawing, shot)))
         return images
 
-    def _made(self, drawing: Drawing, shot: Shot) -> dict[str, Any]:
+    def _made(self, drawing: "Drawing", shot: Shot) -> dict[str, Any]:
         """Everything needed to make the same picture again."""
-        put_on = [*((Path(path), strength) for path, strength in self.model.adapters.items()), *drawing.loras(shot)]
-        loras = [{"name": p.stem, "weight": w, "hash": hash_files(weight_files(p))} for p, w in put_on]
+        loras = drawing.lora_facts(shot)
         return {
             **drawing.full.record(shot),
             "model": self.model.path.name if self.model.path else "unsaved",

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent
 ADAPTERS = "recipe.json"  # with a ``base`` in it, what is beside it is put on that model
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SINGLE_FILE = ".safetensors"
+OTHER_FORMAT = "-a1111"  # of a learnt word's second file: what it adds to the name
 
 
 class Limits(NamedTuple):
@@ -94,6 +95,17 @@ def base_of(folder: Path) -> Path | None:
         return find_model(base)
     except ValueError as error:
         raise ValueError(f"{folder} belongs to another model: {error}") from None
+
+
+def word_tokens(word: str, vectors: int) -> list[str]:
+    """A learnt word of several vectors is that many tokens, as the stock library names them: ``<cat> <cat>_1 ...``."""
+    return [word, *(f"{word}_{n}" for n in range(1, vectors))]
+
+
+def word_file(word: str) -> tuple[str, str]:
+    """The files of a learnt word: in the stock library's format, and in AUTOMATIC1111's."""
+    name = "".join(letter for letter in word if letter.isalnum() or letter in "-_") or "word"
+    return f"{name}{SINGLE_FILE}", f"{name}{OTHER_FORMAT}{SINGLE_FILE}"
 
 
 def read_limits(path: Path) -> Limits:

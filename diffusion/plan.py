@@ -1,25 +1,32 @@
 """What a run will train on, and in which portions: found out before anything is trained."""
 
+import importlib.util
+import json
 import math
+import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffusion import checkpoint, memory, optimizers, tasks
+from diffusion import config as configs
 from diffusion.config import Config, Data, Train
 from diffusion.data.buckets import BucketOrder, nearest, shapes
 from diffusion.data.feed import Feed, FolderFeed, Share
 from diffusion.data.order import Order, Visits
-from diffusion.data.shards import ShardFeed, are_shards, find_shards
+from diffusion.data.shards import ShardFeed, find_shards
 from diffusion.data.source import (
     Picture,
     group_weights,
     hold_out,
     is_held_out,
     leave_out_small,
-    read_folder,
+    open_folder,
     too_small,
 )
 from diffusion.tasks.prior import missing, read_prior
@@ -33,8 +40,15 @@ class Source:
 
     pictures: list[Picture]
     held_out: list[Picture]
-    left_out: dict[str, str]  # file -> reason
+    small: Mapping[str, str] = field(default_factory=dict)  # file -> reason
+    passed_over: Mapping[str, str] = field(default_factory=dict)  # file -> reason, of what is no picture of the set
+    set_aside: Mapping[str, str] = field(default_factory=dict)  # file -> reason, of those that are held out
     shards: ShardFeed | None = None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """File -> reason of all that is neither trained on nor held out."""
+        return {**self.small, **self.passed_over}
 
     def note(self) -> str | None:
         """One line on what is left out, if anything is."""
@@ -42,35 +56,76 @@ class Source:
             return None
         (file, reason), count = next(iter(self.left_out.items())), len(self.left_out)
         return (
-            f"{count} of {count + len(self.pictures) + len(self.held_out)} pictures are left out, first {file}: "
-            f"{reason}; data.upscale=true takes them, coverage.jsonl names all"
+            f"{count} of {count + len(self.pictures) + len(self.held_out)} pictures are left out, "
+            f"first {file}: {reason}"
+            + ("; data.upscale=true takes those that are too small" if self.small else "")
+            + "; coverage.jsonl names all"
+        )
+
+
+def check(config: Config) -> None:
+    """What a run needs besides pictures and networks. ValueError if this machine lacks it."""
+    train = config.train
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("train.precision fp16 is slow and wrong on the CPU: use auto, bf16 or fp32")
+    optimizers.check(train)
+    for name in train.log_with:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"train.log_with {name} is not installed: pip install {name}, or leave it out")
+    nearest_folder = next(folder for folder in (config.folder, *config.folder.parents) if folder.exists())
+    try:  # permission bits alone do not tell of read-only mounts
+        with tempfile.NamedTemporaryFile(dir=nearest_folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {config.folder} cannot be written ({error.strerror}): choose another one") from None
+
+
+def check_same(config: Config, state: Mapping[str, Any]) -> None:
+    """ValueError if a run cannot go on from the ``state`` of a checkpoint: it was another run, or it is done."""
+    before, now = state.get("made_by", {}), configs.identity(config)
+    changed = [name for name in before if before[name] != now.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{config.folder} was begun with {name}={before[name]!r} and cannot go on with {now.get(name)!r}"
+            + (f" (nor with another {', '.join(changed[1:])})" if changed[1:] else "")
+            + ": set it back, or give the run another name"
+        )
+    if state["step"] > config.train.steps:
+        raise ValueError(
+            f"{config.folder} is at step {state['step']:,} already, beyond train.steps {config.train.steps:,}: "
+            "raise it, or give the run another name"
         )
 
 
 def read_source(config: Config) -> Source:
     """What is trained on, what is held out, and what is left out for which reason."""
     data = config.data
-    if are_shards(data.path):
+    if data.sharded:
         return _read_shards(config)
-    said = data.captions.source if data.captions.text is None or data.balance is not None else "none"
-    pictures = read_folder(data.path, "train", data.balance, said)
-    held_out = read_folder(data.path, "held_out", data.balance, said, may_be_empty=True)
-    if data.captions.text is not None:
-        same = {"texts": (data.captions.text,), "keywords": ()}
-        pictures, held_out = ([replace(picture, **same) for picture in some] for some in (pictures, held_out))  # type: ignore[arg-type]
-    pictures, more = hold_out(pictures, data.hold_out)
-    held_out += more
-    prior = read_prior(config, pictures) if data.prior is not None else []
-    if data.upscale:
-        return Source(pictures=pictures + prior, held_out=held_out, left_out={})
+    said = "" if config.task == "autoencoder" else data.captions.text  # an autoencoder reads no captions
+    folder = open_folder(data.path, data.balance, data.captions.source, said, apart=Path(config.output))
+    listed = folder.of("held_out", may_be_empty=True)
+    pictures, drawn = hold_out(folder.of("train"), data.hold_out)
+    prior, passed_over = read_prior(config, pictures) if data.prior is not None else ([], {})
     shape_of = partial(nearest, among=_shapes(data)) if data.buckets else None
-    kept, left_out = leave_out_small(pictures + prior, data.size, shape_of)
+    kept, small = (pictures + prior, {}) if data.upscale else leave_out_small(pictures + prior, data.size, shape_of)
     if not kept:
         raise ValueError(
             f"all {len(pictures)} pictures are smaller than data.size {data.size}: lower it, or set data.upscale=true"
         )
-    held_out, unseen = leave_out_small(held_out, data.size, shape_of)
-    return Source(pictures=kept, held_out=held_out, left_out=left_out | unseen)
+    held_out, unseen = listed + drawn, dict[str, str]()
+    if not data.upscale:
+        held_out, unseen = leave_out_small(held_out, data.size, shape_of)
+    set_aside = dict.fromkeys((str(picture.file) for picture in listed), "held out by its split in the metadata")
+    set_aside |= dict.fromkeys((str(picture.file) for picture in drawn), f"held out by data.hold_out {data.hold_out}")
+    return Source(
+        pictures=kept,
+        held_out=held_out,
+        small=small | unseen,
+        passed_over={**folder.passed_over, **passed_over},
+        set_aside={file: reason for file, reason in set_aside.items() if file not in unseen},
+    )
 
 
 def feed(config: Config, source: Source, task: tasks.Task) -> Feed:
@@ -79,7 +134,7 @@ def feed(config: Config, source: Source, task: tasks.Task) -> Feed:
         small = source.shards.refuse
         source.shards.refuse = lambda picture: small(picture) or task.refuses(picture)
         return source.shards
-    return FolderFeed(_order(config, source.pictures), source.pictures, source.left_out)
+    return FolderFeed(_order(config, source.pictures), source.pictures, source.left_out | dict(source.set_aside))
 
 
 def share(config: Config, process: int, processes: int) -> Share:
@@ -116,15 +171,15 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 def describe(config: Config, processes: int) -> str:
-    """What training would do, without doing any of it: a few lines of text."""
+    """What training would do, without doing any of it: a few lines of text. ValueError where it would refuse."""
+    check(config)
+    newest = _going_on(config)
     t, source = config.train, read_source(config)
     if source.shards is not None:
         source.shards.check(processes)
     portion = share(config, 0, processes)
     task = tasks.build(config, source.pictures, torch.device("cpu"))
     state, trained, total = state_bytes(task, t)
-    kept = memory.saved_bytes(partial(_loss, task, 1))
-    newest = checkpoint.latest(config.folder / "checkpoints")
     count = len(source.pictures)
     epochs = f", {t.steps * t.batch_size / count:,.1f} epochs" if source.shards is None else ""
     rows = {
@@ -137,13 +192,39 @@ def describe(config: Config, processes: int) -> str:
         "batch": portions(portion),
         "weights": f"{trained:,} trained of {total:,}",
         "memory": f"{state / 2**30:.2f} GiB a process for weights, gradients, {t.optimizer} and averages, "
-        f"{kept * portion.micro_batch / 2**30:.2f} GiB for what a micro-batch keeps (in fp32)",
-        "checkpoints": f"{(state - 4 * trained) / 2**30:.2f} GiB each",
+        f"{_kept(task, portion.micro_batch)} for what a micro-batch keeps (in fp32)",
+        "checkpoints": f"{(state - 4 * total) / 2**30:.2f} GiB each",
         "cache": task.cache_note(),
         **({"buckets": _buckets(config, source.pictures)} if config.data.buckets else {}),
-        "writes": f"{config.folder}/" + (f", going on from {newest.name}" if newest is not None else ""),
+        "writes": _writes(config) + (f", going on from {newest.name}" if newest is not None else ""),
     }
     return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
+
+
+def _going_on(config: Config) -> Path | None:
+    """The checkpoint that a run would go on from. ValueError if it cannot."""
+    newest = checkpoint.latest(config.folder / "checkpoints")
+    if newest is not None:
+        check_same(config, json.loads((newest / "state.json").read_text(encoding="utf-8")))
+    return newest
+
+
+def _writes(config: Config) -> str:
+    """What would be written, and where."""
+    names = ["model/", "samples/", "checkpoints/", "config.yaml", "metrics.jsonl", "coverage.jsonl", "report.html"]
+    names += ["validation.jsonl", "best/"] if config.train.validate_every else []
+    names += ["prior/"] if config.data.prior is not None and config.data.prior.path is None else []
+    cache = config.task == "text_to_image" and config.data.cache
+    return f"{config.folder}/: {', '.join(names)}" + (f"; {Path(config.output) / 'cache'}/" if cache else "")
+
+
+def _kept(task: tasks.Task, count: int) -> str:
+    """What autograd keeps of so many pictures, measured with one."""
+    free = memory.free_bytes(torch.device("cpu"))
+    try:
+        return f"{memory.saved_bytes(partial(_loss, task, 1), free) * count / 2**30:.2f} GiB"
+    except (RuntimeError, MemoryError):  # the allocator's own error is a RuntimeError
+        return f"more than {free * count / 2**30:.0f} GiB, which this machine does not have free,"
 
 
 def state_bytes(task: tasks.Task, train: Train) -> tuple[int, int, int]:
@@ -159,23 +240,26 @@ def _loss(task: tasks.Task, count: int) -> torch.Tensor:
 
 
 def _read_shards(config: Config) -> Source:
-    data = config.data
+    data, urls = config.data, find_shards(config.data.path)
     if data.buckets or data.balance is not None:
         raise ValueError("shards are read as they come: data.buckets and data.balance need a folder")
     if config.data.cache:
         raise ValueError("shards are encoded at every visit: set data.cache=false")
+    if data.prior is not None:
+        raise ValueError("shards are read as they come: data.prior needs a folder")
     stream = ShardFeed(
-        urls=find_shards(data.path),
+        urls=urls,
         seed=config.seed,
         batch_size=config.train.batch_size,
         refuse=partial(_refuses, data),
         held_out=lambda picture: data.hold_out > 0 and is_held_out(picture, data.hold_out),
+        captioned=config.task != "autoencoder",
     )
     pictures = stream.sample(SAMPLE, held_out=False)
     if not pictures:
         raise ValueError(f"{data.path}: no picture with a caption of at least {data.size}x{data.size} in any shard")
     held_out = stream.sample(config.train.validate_pictures, held_out=True) if data.hold_out > 0 else []
-    return Source(pictures=pictures, held_out=held_out, left_out={}, shards=stream)
+    return Source(pictures=pictures, held_out=held_out, shards=stream)
 
 
 def _refuses(data: Data, picture: Picture) -> str | None:

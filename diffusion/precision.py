@@ -1,7 +1,12 @@
 """What a machine is fast at, and whether that is right: measured, not guessed from its name."""
 
+import json
+import os
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +20,33 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _remembered(_cpu_prefers_bf16) else torch.float32
+
+
+def _remembered(probe: Callable[[], bool]) -> bool:
+    """What a probe found on this machine with this PyTorch, measured once and kept in the user's cache."""
+    name = f"{_processor()} {torch.get_num_threads()} {torch.__version__} {probe.__name__}"
+    file = Path.home() / ".cache" / "diffusion" / "machine.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if name not in known:
+        known[name] = probe()
+        with suppress(OSError):  # a home that cannot be written to costs a second at every start
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            os.replace(part, file)
+    return bool(known[name])
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells it."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
 
 
 def compile_if_equal(network: nn.Module, loss: Callable[[], Tensor], tolerance: float = 0.1) -> str | None:

@@ -23,6 +23,8 @@ def write(folder: Path, facts: Mapping[str, str]) -> Path:
     curves = [
         ("Training loss", {"loss": _points(metrics, "loss"), "running mean": _smooth(_points(metrics, "loss"))}),
         ("Validation loss", {name: points for name, points in _validated(validation).items() if points}),
+        ("Held out minus trained on", _gap(validation)),
+        ("Loss by noise level, from the least to the most, at the last validation", _by_noise(validation)),
         ("Learning rate", {"learning rate": _points(metrics, "lr")}),
         ("Pictures a second", {"pictures a second": _points(metrics, "images_per_second")}),
         ("Gradient norm", {"gradient norm": _points(metrics, "grad_norm")}),
@@ -38,8 +40,9 @@ def write(folder: Path, facts: Mapping[str, str]) -> Path:
         coverage=_coverage(_rows(folder / "coverage.jsonl")),
         config=html.escape((folder / "config.yaml").read_text(encoding="utf-8")),
     )
-    file = folder / "report.html"
-    file.write_text(page, encoding="utf-8")
+    file, part = folder / "report.html", folder / ".report.part"
+    part.write_text(page, encoding="utf-8")
+    part.replace(file)  # whoever reads it meanwhile finds it whole
     return file
 
 
@@ -132,6 +135,24 @@ def _validated(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
         for kind in kinds
         for probe in names
     }
+
+
+def _gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """How much better pictures are known that were trained on: what overfitting adds."""
+    both = [row for row in rows if "held_out" in row]
+    kinds = {"shipped": "shipped weights", "raw": "raw weights"}
+    return {
+        name: [(row["step"], row["held_out"][kind] - row["train"][kind]) for row in both]
+        for kind, name in kinds.items()
+        if both
+    }
+
+
+def _by_noise(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """The bins of the last measurement, of the weights that are shipped."""
+    names = {"train": "trained on", "held_out": "held out"}
+    last = rows[-1]["bins"] if rows else {}
+    return {names[probe]: list(enumerate(kinds["shipped"], 1)) for probe, kinds in last.items()}
 
 
 def _samples(files: Sequence[Path]) -> str:

@@ -1,16 +1,17 @@
 """A run's folder: what is read when it starts, and what is written while it goes."""
 
+import copy
 import json
 import math
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -25,10 +26,45 @@ from diffusion.config import Config
 from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
-from diffusion.plan import learning_rate
+from diffusion.plan import check_same, learning_rate
 from diffusion.sheets import make_grid
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PATIENCE = 100  # steps in a row that fp16 may pass over: its scale has then shrunk to nothing
+FAULTS = (ValueError, OSError, FloatingPointError)  # what a person is told in one line
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T], gather: Callable[[Any], Sequence[Any]]) -> T:
+    """What ``work`` gives. If it fails on any process all of them raise, each its own fault or else the first other.
+
+    So none waits for one that has gone, and the first process, which speaks, knows what happened.
+    """
+    fault: Exception | None = None
+    try:
+        result = work()
+    except FAULTS as error:
+        fault = error
+    kind = next((number for number, one in enumerate(FAULTS) if isinstance(fault, one)), 0)
+    told = [one for one in gather(None if fault is None else (kind, str(fault))) if one is not None]
+    if fault is not None:
+        raise fault
+    if told:
+        raise FAULTS[told[0][0]](told[0][1])
+    return result
+
+
+def refuse_full_disk(config: Config, trained: int, total: int) -> None:
+    """ValueError if a checkpoint and the model folders will not fit; of that many trained weights, and weights in all.
+
+    Measured before anything is computed: later the first checkpoint would be the one to find out.
+    """
+    t, m = config.train, config.model
+    kept = 4 * trained * (1 + optimizers.NUMBERS[t.optimizer] + (t.ema > 0))
+    model = 4 * trained if m.lora is not None or m.words else total * STORED[t.save_dtype].itemsize
+    need = int(kept + model * (2 if t.validate_every else 1))
+    if (lacking := checkpoint.shortage(config.folder, need, "a checkpoint and the model take")) is not None:
+        raise ValueError(lacking)
 
 
 @dataclass
@@ -44,6 +80,7 @@ class Run:
     feed: Feed
     pictures: int | None  # how many are trained on, where that is known
     probes: dict[str, validation.Probe]
+    frozen: str = ""  # the fingerprint of the weights that are not trained, which no checkpoint holds
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
@@ -52,8 +89,10 @@ class Run:
         self.saved_at = self.logged_at = time.monotonic()
         self.losses: list[Tensor] = []
         self.warned = False
+        self.passed_over = 0  # steps in a row that fp16 left out
         self.checkpointed = -1
         self.history = validation.History(self.folder / "validation.jsonl")
+        self.fed = _copy(self.feed.state())  # where the feed stood after the last update
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -67,13 +106,14 @@ class Run:
         path = checkpoint.latest(self.folder / "checkpoints")
         found = checkpoint.read(path, self._alike) if path is not None else None
         if found is not None:
-            self._check_same(found.state)
+            check_same(self.config, found.state)
+            self._refuse_other_weights(found)
         if self.main:
             (self.folder / "config.yaml").write_text(configs.dump(self.config), encoding="utf-8")
         if found is None:
             self._forget_after(0)  # a run that was killed before its first checkpoint has left its metrics
             return 0
-        self.task.module.load_state_dict(dict(found.tensors["weights"]))
+        self.task.module.load_state_dict(dict(found.tensors["weights"]), strict=False)
         for name, weight in self.ema.weights.items():
             weight.copy_(found.tensors["ema"].get(name, self._parameters[name].detach()))
         optimizers.load_state(
@@ -82,25 +122,32 @@ class Run:
         if self.accelerator.scaler is not None and "scaler" in found.state:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.feed.load(found.state.get("feeds", ()))
+        self.fed = _copy(self.feed.state())
         self.checkpointed = found.state["step"]
         self._forget_after(self.checkpointed)
-        self.say(f"resuming {self.folder} at step {self.checkpointed}")
+        before, now = found.state.get("precision"), self.config.train.precision
+        changed = f", from here on in {now} and not in {before}" if before not in (None, now) else ""
+        self.say(f"resuming {self.folder} at step {self.checkpointed}{changed}")
         return self.checkpointed
 
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        before, now = state.get("made_by", {}), configs.identity(self.config)
-        changed = [name for name in before if before[name] != now.get(name)]
-        if changed:
-            name = changed[0]
+    def _refuse_other_weights(self, found: Checkpoint) -> None:
+        """ValueError if the networks are not those that the checkpoint is of, or what they are put on has changed."""
+        here, there, learning = self.task.module.state_dict(), found.tensors["weights"], self._learning()
+        missing = [name for name in learning if name not in there]
+        strange = [name for name, weight in there.items() if name not in here or weight.shape != here[name].shape]
+        if missing or strange:
+            name = (missing + strange)[0]
+            sides = [list(side[name].shape) if name in side else "absent" for side in (there, here)]
             raise ValueError(
-                f"{self.folder} was begun with {name}={before[name]!r} and cannot go on with {now.get(name)!r}"
-                + (f" (nor with another {', '.join(changed[1:])})" if changed[1:] else "")
-                + ": set it back, or give the run another name"
+                f"{self.folder} holds other networks than these: {name} is {sides[0]} there and {sides[1]} here; "
+                "set model.base back, or give the run another name"
             )
-        if state["step"] > self.config.train.steps:
+        held = {name: weight for name, weight in there.items() if name in self._parameters.keys() - learning.keys()}
+        before = checkpoint.fingerprint(held) if held else found.state.get("frozen", self.frozen)
+        if before != self.frozen:
             raise ValueError(
-                f"{self.folder} is at step {state['step']:,} already, beyond train.steps {self.config.train.steps:,}: "
-                "raise it, or give the run another name"
+                f"{self.folder} was begun on other weights than those that model.base has now: "
+                "set it back, or give the run another name"
             )
 
     def steps(self, first: int, quiet: bool) -> Iterator[int]:
@@ -115,17 +162,17 @@ class Run:
                 self.bar.update()
                 if self._any(self.stop):
                     self.save(step + 1)
+                    self.accelerator.wait_for_everyone()
                     self.say(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
         self.save(total)
 
     def next(self, batches: Iterator[Batch], step: int) -> Batch:
-        """The next batch. OSError, with the state saved, if a file of it cannot be read."""
+        """The next batch. OSError on all processes, with the state saved, if a file cannot be read on one of them."""
         try:
-            return next(batches)
-        except ValueError as error:
-            if self.accelerator.num_processes == 1:
-                self.save(step)
+            return self._together(lambda: next(batches))
+        except FAULTS as error:
+            self.save(step)
             raise OSError(str(error)) from None
 
     # --- after each step
@@ -134,26 +181,29 @@ class Run:
         """Stop before the update if the loss or the gradient is not finite on any process; the state is saved.
 
         ``seen`` holds the ids and losses, shape ``(B,)``, of the step's micro-batches, to name the pictures. Gradients
-        of fp16 overflow now and then: the scaler then passes over the step by itself.
+        of fp16 overflow now and then: the scaler then passes over the step by itself, but not for ever.
         """
-        unscaled = norm is not None and self.accelerator.scaler is None
-        finite = bool(torch.isfinite(loss)) and (not unscaled or bool(torch.isfinite(norm)))  # type: ignore[arg-type]
-        if not self._any(not finite):
+        broken = norm is not None and not bool(torch.isfinite(norm))
+        self.passed_over = self.passed_over + 1 if broken else 0
+        bearable = self.accelerator.scaler is not None and self.passed_over < PATIENCE
+        if not self._any(not bool(torch.isfinite(loss)) or (broken and not bearable)):
             return
         self.save(step)
         ids, losses = (torch.cat(parts).tolist() for parts in zip(*seen, strict=True))
         own = self.feed.files({i for i, one in zip(ids, losses, strict=True) if not math.isfinite(one)})
         files = sorted({file for some in self.gather(own) for file in some})
         look = f", or look at {', '.join(files[:8])}" if files else ""
+        often = f" for {self.passed_over} steps in a row" if self.passed_over > 1 else ""
         raise FloatingPointError(
-            f"step {step}: the {'loss' if files else 'gradient'} is not finite; nothing was updated, and {self.folder} "
-            f"holds the state before it. Lower train.lr, set train.precision=fp32{look}"
+            f"step {step}: the {'loss' if files else 'gradient'} is not finite{often}; nothing was updated, and "
+            f"{self.folder} holds the state before it. Lower train.lr, set train.precision=fp32{look}"
             + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         )
 
     def finish_step(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Whatever is due after an update: metrics, validation, samples, a checkpoint."""
         t, done = self.config.train, step + 1
+        self.fed = _copy(self.feed.state())
         self.losses.append(loss)
         if done % t.log_every == 0:
             self._log(done, norm)
@@ -161,42 +211,53 @@ class Run:
             self.validate(done)
         if t.sample_every and done % t.sample_every == 0 and done < t.steps:
             self.export(done)
-        if self._any(time.monotonic() - self.saved_at > 60 * t.checkpoint_minutes):
+        for_good = t.keep_every > 0 and done % t.keep_every == 0
+        if self._any(for_good or time.monotonic() - self.saved_at > 60 * t.checkpoint_minutes):
             self.save(done)
 
     def save(self, step: int) -> None:
-        """A checkpoint of the state after ``step`` optimizer steps."""
+        """A checkpoint of the state after ``step`` optimizer steps, and the report up to there."""
         if step == self.checkpointed:
             return
-        groups = {
-            "weights": self.task.module.state_dict(),
+        weights, learning = self.task.module.state_dict(), self._learning()
+        groups = {  # what is frozen comes from model.base again; what is neither trained nor frozen is a buffer
+            "weights": {name: w for name, w in weights.items() if name in learning or name not in self._parameters},
             "ema": self.ema.weights,
             "optimizer": optimizers.state_tensors(self.optimizer, self.task.module),
         }
-        feeds = self.gather(self.feed.state())
+        feeds = self.gather(self.fed)
         state = {"step": step, "optimizer": optimizers.state_numbers(self.optimizer), "feeds": feeds}
-        state["made_by"] = configs.identity(self.config)
+        state["made_by"], state["frozen"] = configs.identity(self.config), self.frozen
+        state["precision"] = self.config.train.precision
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        if self.main or checkpoint.is_sharded(groups):
-            keep = (self.config.train.keep_last, self.config.train.keep_every)
-            checkpoint.write(self.folder / "checkpoints", step, Checkpoint(groups, state), *keep)
-        if self.main:
-            self.feed.write_coverage(self.folder / "coverage.jsonl", step * self.config.train.batch_size, feeds)
-        self.accelerator.wait_for_everyone()
+        folder, keep = self.folder / "checkpoints", (self.config.train.keep_last, self.config.train.keep_every)
+        if checkpoint.is_sharded(groups):
+            checkpoint.write(folder, step, Checkpoint(groups, state), *keep)
+        else:
+            self._first(lambda: checkpoint.write(folder, step, Checkpoint(groups, state), *keep))
+        self._first(lambda: self._tell(step, feeds))
         self.saved_at, self.checkpointed = time.monotonic(), step
+
+    def _tell(self, step: int, feeds: Sequence[Mapping[str, Any]]) -> None:
+        """The coverage and the report of a checkpoint."""
+        self.feed.write_coverage(self.folder / "coverage.jsonl", step * self.config.train.batch_size, feeds)
+        self.report()
 
     def export(self, step: int) -> None:
         """The model folder and a sample grid, from the averaged weights."""
         with self._shipped():
             finished = self.task.gathered()
-            if finished is not None and self.main:
-                self._replace("model", finished)
-                self._show(step, make_grid(finished.samples(), columns=8))
-        self.accelerator.wait_for_everyone()
+            self._first(lambda: self._deliver(step, finished))
 
-    def _replace(self, name: str, finished: tasks.Task) -> None:
+    def _deliver(self, step: int, finished: tasks.Task | None) -> None:
+        assert finished is not None, "it is gathered on the first process"
+        self._replace("model", finished)
+        self._show(step, make_grid(finished.samples(), columns=8))
+
+    def _replace(self, name: str, finished: tasks.Task | None) -> None:
         """Write a model folder aside and put it in its place: whoever reads it finds it whole."""
+        assert finished is not None, "it is gathered on the first process"
         stage, final, old = (self.folder / path for path in (f".{name}.part", name, f".{name}.old"))
         for left in (stage, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -238,13 +299,12 @@ class Run:
             shipped = self._measure() if self.config.train.ema > 0 else raw
             losses = {name: {"raw": raw[name], "shipped": shipped[name]} for name in self.probes}
             best = self.history.add(step, losses) if self.main else False
-            finished = self.task.gathered() if self._any(best) else None
-            if finished is not None and self.main:
-                self._replace("best", finished)
+            if self._any(best):
+                finished = self.task.gathered()
+                self._first(lambda: self._replace("best", finished))
         if self.main and (verdict := self.history.verdict()) is not None and not self.warned:
             self.warned = True
             self.say(verdict)
-        self.accelerator.wait_for_everyone()
 
     def _measure(self) -> dict[str, list[float]]:
         module, size = self.task.module, self.config.train.batch_size
@@ -295,6 +355,15 @@ class Run:
     def _interrupt(self) -> None:
         self.stop = True
 
+    def _together(self, work: Callable[[], T]) -> T:
+        """``together``, at the price of one number where nothing fails."""
+        return together(work, lambda fault: self.gather(fault) if self._any(fault is not None) else ())
+
+    def _first(self, work: Callable[[], Any]) -> None:
+        """Let the first process do something, and the others wait for it; if it fails all of them stop."""
+        self._together(lambda: work() if self.main else None)
+        self.accelerator.wait_for_everyone()
+
     def _any(self, flag: bool) -> bool:
         """Whether the flag is set on any process: all of them then act alike."""
         if self.accelerator.num_processes == 1:
@@ -305,6 +374,9 @@ class Run:
         """The parameter that a weight, an average or a piece of optimizer state of this name belongs to."""
         return self._parameters.get(name, self._parameters.get(name.rpartition(".")[0]))
 
+    def _learning(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self._parameters.items() if weight.requires_grad}
+
     @cached_property
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.task.module.named_parameters())
@@ -313,6 +385,11 @@ class Run:
         """One line for a person, once."""
         if self.main:
             print(text, file=sys.stderr)
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feed remembers, so that its going on does not change it."""
+    return {key: {k: copy.copy(v) for k, v in one.items()} for key, one in state.items()}
 
 
 @contextmanager

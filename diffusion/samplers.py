@@ -48,6 +48,26 @@ def initial_scale(level: Level) -> float:
     return math.hypot(level.alpha, level.sigma)
 
 
+# --- the noise to begin with ------------------------------------------------------------------------------------------
+
+
+def seed_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal of a shape without batch: what the stock library draws for a seed on the CPU."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
+
+
+def rotate(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """On the great arc from one noise to another (slerp, Shoemake 1985): noise all the way, as on no straight line."""
+    if share in (0, 1):
+        return end if share else start
+    one, other = start.double(), end.double()
+    angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        return torch.lerp(start, end, share)
+    turned = torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other
+    return (turned / angle.sin()).to(start.dtype)
+
+
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 

@@ -140,8 +140,9 @@ class DiscreteSchedule:
 class FlowSchedule:
     """The straight path x = (1 - sigma) * x0 + sigma * eps (Lipman et al. 2210.02747; Liu et al. 2209.03003).
 
-    sigma = shift * u / (1 + (shift - 1) * u), u = t / T: a shift above 1 spends more time in noise, as larger pictures
-    need (Esser et al. 2403.03206, eq. 23). The network is told t, the time before the shift.
+    The network is told t = T * sigma, as in diffusers. A shift above 1 spends more of the times that are drawn, and of
+    the steps of a grid, in noise, as larger pictures need: sigma = shift * u / (1 + (shift - 1) * u) for u even in
+    [0, 1] (Esser et al. 2403.03206, eq. 23).
     """
 
     num_timesteps: int = 1000
@@ -153,16 +154,15 @@ class FlowSchedule:
             raise ValueError(f"need num_timesteps >= 2 and shift > 0, not {self.num_timesteps} and {self.shift}")
 
     def level_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        u = t.double() / self.num_timesteps
-        scale = 1 + (self.shift - 1) * u
-        return (1 - u) / scale, self.shift * u / scale
+        sigma = t.double() / self.num_timesteps
+        return 1 - sigma, sigma
 
     def time_of(self, level: Level) -> float:
-        u = level.sigma / (self.shift * level.alpha + level.sigma)
-        return round(u * self.num_timesteps, 9)
+        return round(level.sigma / (level.alpha + level.sigma) * self.num_timesteps, 9)
 
     def time_from_unit(self, u: Tensor) -> Tensor:
-        return u.double() * self.num_timesteps
+        u = u.double()
+        return self.shift * u / (1 + (self.shift - 1) * u) * self.num_timesteps
 
 
 # --- sampling grids: (schedule, steps) -> network times, float64, shape (steps,), strictly descending -----------------
@@ -208,12 +208,12 @@ def trailing(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Every (T / steps)-th training time, counted from the noisiest (Lin et al. 2305.08891, table 2)."""
     # numpy's arange, as in diffusers, for its rounding of ties (937.5 at 48 steps); it sometimes runs one step too far
     t = torch.from_numpy(np.arange(schedule.num_timesteps, 0, -schedule.num_timesteps / steps)[:steps])
-    return t if schedule.continuous else t.round() - 1
+    return _shifted(schedule, t) if schedule.continuous else t.round() - 1
 
 
 def discrete(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Evenly spaced times from the noisiest to the cleanest, both included (k-diffusion, `get_sigmas`)."""
-    return torch.linspace(*_time_range(schedule), steps, dtype=torch.float64)
+    return _shifted(schedule, torch.linspace(*_time_range(schedule), steps, dtype=torch.float64))
 
 
 def sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -228,7 +228,7 @@ def beta(schedule: NoiseSchedule, steps: int) -> Tensor:
     """
     start, end = _time_range(schedule)
     p = 1 - torch.arange(steps, dtype=torch.float64) / steps
-    return end + (start - end) * beta_quantile(p, 0.6)
+    return _shifted(schedule, end + (start - end) * beta_quantile(p, 0.6))
 
 
 def karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
@@ -287,10 +287,16 @@ def _time_range(schedule: NoiseSchedule) -> tuple[float, float]:
     return (schedule.num_timesteps, 1) if schedule.continuous else (schedule.num_timesteps - 1, 0)
 
 
+def _shifted(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Even times as those of a flow are spaced, which may be denser in noise; a chain has the times it has."""
+    return schedule.time_from_unit(t / schedule.num_timesteps) if schedule.continuous else t
+
+
 def _ratio_range(schedule: NoiseSchedule) -> tuple[float, float]:
     """sigma / alpha at the same two ends; for the noisiest, the largest finite one and at most MAX_RATIO."""
     start, end = _time_range(schedule)
-    alpha, sigma = schedule.level_at(torch.tensor([start, start - 1, end], dtype=torch.float64))
+    times = _shifted(schedule, torch.tensor([start, start - 1, end], dtype=torch.float64))
+    alpha, sigma = schedule.level_at(times)
     first, second, last = (sigma / alpha).tolist()
     return min(second, MAX_RATIO) if math.isinf(first) else first, last
 

@@ -1,7 +1,6 @@
 """The one training loop, on one process or many; the only module that knows Accelerate."""
 
 import dataclasses
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -16,16 +15,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
 
-from diffusion import memory, optimizers, plan, tasks, validation
+from diffusion import checkpoint, memory, optimizers, plan, tasks, validation
 from diffusion.config import Config
 from diffusion.data.feed import Share
 from diffusion.ema import Ema
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.precision import compile_if_equal, fast_dtype
-from diffusion.run import Run
+from diffusion.run import Run, refuse_full_disk, together
 from diffusion.tasks.prior import draw_missing
 
-PRECISION = {torch.bfloat16: "bf16", torch.float32: "no"}
+PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def train(config: Config, *, quiet: bool = False) -> Path:
@@ -35,34 +34,34 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     randomness is a function of (seed, sample, visit), and checkpoints are whole or absent.
     """
     # what is trained, on what, and in which portions
+    config = _settled(config)
     accelerator = _accelerator(config)
     if accelerator.distributed_type == DistributedType.FSDP and (config.model.lora is not None or config.model.words):
         raise ValueError("FSDP shards whole networks; adapters are small: launch with configs/accelerate/ddp.yaml")
     share = plan.share(config, accelerator.process_index, accelerator.num_processes)
     if config.data.prior is not None:
-        with accelerator.main_process_first():
-            draw_missing(config, quiet=quiet or not accelerator.is_main_process)
-    source = plan.read_source(config)
+        together(lambda: draw_missing(config, quiet=quiet) if accelerator.is_main_process else None, _gather)
+    source = together(lambda: plan.read_source(config), _gather)
     if (note := source.note()) is not None and accelerator.is_main_process:
         print(note, file=sys.stderr)
-    task = tasks.build(config, source.pictures, accelerator.device)
+    task = together(lambda: _task(config, source, accelerator.device), _gather)
+    frozen = checkpoint.fingerprint({n: p for n, p in task.module.named_parameters() if not p.requires_grad})
     feed = plan.feed(config, source, task)
+    # what is encoded once, by networks that no process has only a part of yet
+    dataset, probes = together(lambda: (task.dataset, _probes(config, source, task)), _gather)
     if config.train.auto_batch:
         share = _fitting(config, task, accelerator, share)
     if config.train.compile:
         _compile(task, accelerator, partial(_example_loss, task, accelerator, share.micro_batch))
     module, optimizer = prepare(accelerator, task.module, partial(optimizers.build, train=config.train))
     ema = Ema(task.module, config.train.ema, config.train.ema_every)
-    probes = {}
-    if config.train.validate_every:
-        probes = validation.sets(task, source.pictures, source.held_out, config.train.validate_pictures)
     pictures = len(source.pictures) if source.shards is None else None
-    run = Run(config, task, accelerator, _gather, optimizer, ema, feed, pictures, probes)
+    run = Run(config, task, accelerator, _gather, optimizer, ema, feed, pictures, probes, frozen)
     first = run.resume()
     run.say(f"{plan.portions(share)}; steps {first:,} to {config.train.steps:,} of {config.name}")
     if config.train.log_with:
         accelerator.init_trackers(config.name)
-    batches = feed.batches(task.dataset, first, config.train.steps, share)
+    batches = feed.batches(dataset, first, config.train.steps, share)
     trainable = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     module.train()
     optimizer.train()
@@ -117,6 +116,35 @@ def prepare(
 # --- small print ------------------------------------------------------------------------------------------------------
 
 
+def _settled(config: Config) -> Config:
+    """The config with the precision that the run has: ``auto`` is decided once, by one process, for as long as it goes.
+
+    ValueError if the run of that name cannot go on as this one.
+    """
+    first, device = _processes().is_main_process, _processes().device
+    before = checkpoint.newest_state(config.folder / "checkpoints") if first else {}
+    together(lambda: plan.check(config), _gather)
+    together(lambda: plan.check_same(config, before) if before else None, _gather)
+    precision: Any = config.train.precision
+    if precision == "auto" and first:
+        precision = before.get("precision") or PRECISION[fast_dtype(device)]
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=_gather(precision)[0]))
+
+
+def _task(config: Config, source: plan.Source, device: torch.device) -> tasks.Task:
+    """The task of a run, whose state will fit on the disk."""
+    task = tasks.build(config, source.pictures, device)
+    _, trained, total = plan.state_bytes(task, config.train)
+    refuse_full_disk(config, trained, total)
+    return task
+
+
+def _probes(config: Config, source: plan.Source, task: tasks.Task) -> dict[str, validation.Probe]:
+    if not config.train.validate_every:
+        return {}
+    return validation.sets(task, source.pictures, source.held_out, config.train.validate_pictures)
+
+
 def _example_loss(task: tasks.Task, accelerator: Accelerator, count: int) -> Tensor:
     batch = {name: tensor.to(accelerator.device) for name, tensor in task.example(count).items()}
     with accelerator.autocast():
@@ -142,7 +170,9 @@ def _processes() -> PartialState:
 
 def _gather(value: Any) -> list[Any]:
     """What each process has, on all of them."""
-    return list(gather_object([value]))
+    found = list(gather_object([value]))
+    _processes().wait_for_everyone()  # gloo frees what it has sent at its next turn; ending before that, it may hang
+    return found
 
 
 def _compile(task: tasks.Task, accelerator: Accelerator, loss: Callable[[], Tensor]) -> None:
@@ -157,17 +187,11 @@ def _compile(task: tasks.Task, accelerator: Accelerator, loss: Callable[[], Tens
 
 def _accelerator(config: Config) -> Accelerator:
     train, device = config.train, _processes().device
-    for name in train.log_with:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"train.log_with {name} is not installed: pip install {name}, or leave it out")
-    precision = PRECISION[fast_dtype(device)] if train.precision == "auto" else train.precision.replace("fp32", "no")
-    if device.type == "cpu" and precision == "fp16":
-        raise ValueError("train.precision fp16 is slow and wrong on the CPU: use auto, bf16 or fp32")
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     AcceleratorState._reset_state()  # it keeps the first run's precision for the life of the process
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=precision,
+        mixed_precision=train.precision.replace("fp32", "no"),
         kwargs_handlers=handlers,
         log_with=[str(name) for name in train.log_with] or None,
         project_dir=config.folder,

@@ -1,19 +1,21 @@
 """Ways to train a finished model of any family, whole or by parts; the stock library reads what comes of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusion import TextToImage, config, plan, tasks, trainer
+from diffusion import TextToImage, config, objectives, plan, rng, tasks, trainer
 from diffusion.cli import main as cli
 from diffusion.data.source import read_folder
 from diffusion.models import embeddings, lora
-from diffusion.models.folder import load_model
+from diffusion.models.folder import Forward, load_model
 from diffusion.pixels import View
 from families import FAMILIES, draw, psnr, save, stock
 
@@ -112,6 +114,48 @@ def test_a_lora_is_the_same_in_the_stock_library(shelf, family, dora):
         again = stock(shelf / family)
         again.load_lora_weights(str(kohya))
         assert psnr(mine, draw(again, "red apple", 7)) > 45
+
+
+def test_an_xl_lora_of_kohya_has_the_names_of_the_original_unet(shelf, tmp_path):
+    """What sd-scripts writes: its U-Net for XL is that of the original format, and so are the names of its layers."""
+    run = make(shelf, "sdxl", "kohya", model={"lora": {"rank": 2, "kohya": True, "targets": "all"}})
+    folder = trainer.train(run, quiet=True)
+    keys = {key.split(".")[0] for key in load_file(folder / "kohya.safetensors")}
+    for layer in (
+        "input_blocks_1_0_in_layers_2",
+        "input_blocks_3_0_skip_connection",
+        "input_blocks_3_1_transformer_blocks_0_attn1_to_q",
+        "middle_block_1_transformer_blocks_0_ff_net_0_proj",
+        "middle_block_2_out_layers_3",
+        "output_blocks_1_1_proj_out",
+    ):
+        assert f"lora_unet_{layer}" in keys
+    assert not any("down_blocks" in key or "up_blocks" in key or "mid_block" in key for key in keys)
+    theirs, ours_ = stock(shelf / "sdxl"), ours(folder, "red apple", 7)
+    theirs.load_lora_weights(str(folder / "kohya.safetensors"))
+    assert psnr(ours_, draw(theirs, "red apple", 7)) > 45
+    tensors = load_file(folder / "kohya.safetensors")
+    network = load_model(shelf / "sdxl").unet
+    read = lora.read(folder / "kohya.safetensors", {"unet": network})
+    assert read.keys == len(tensors) == 3 * len(read.networks["unet"])
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    first, none = (f"lora_unet_input_blocks_{block}_1_proj_in" for block in (3, 9))
+    stray = {f"{none}.{part}": tensors[f"{first}.{part}"].clone() for part in parts}
+    save_file(tensors | stray, tmp_path / "stray.safetensors")
+    with pytest.raises(ValueError, match=r"3 of \d+ keys fit no layer of this model"):
+        lora.read(tmp_path / "stray.safetensors", {"unet": network})
+
+
+def test_the_dora_that_is_shipped_trains(shelf):
+    pictures = {"data.path": shelf / "pictures", "data.size": 32, "output": shelf / "runs", "model.base": shelf / "sd1"}
+    short = {"train.steps": 2, "train.batch_size": 2, "train.precision": "fp32", "recipe.prompts": "[red apple]"}
+    overrides = [f"{name}={value}" for name, value in (pictures | short).items()]
+    run = config.load(Path(__file__).parents[1] / "configs/dora.yaml", [*overrides, "recipe.steps=2"])
+    folder = trainer.train(run, quiet=True)
+    assert any("lora_magnitude_vector" in key for key in load_file(folder / lora.FILE))
+    theirs = stock(shelf / "sd1")
+    theirs.load_lora_weights(str(folder))
+    assert psnr(ours(folder, "red apple", 7), draw(theirs, "red apple", 7)) > 45
 
 
 def test_trap_12_alpha_is_saved_in_both_formats(shelf):
@@ -236,6 +280,27 @@ def test_words_and_adapters_learn_together(shelf):
     assert psnr(ours(folder, "<zib>", 7), draw(theirs, "<zib>", 7)) > 45
 
 
+def test_words_of_which_one_begins_like_another_keep_their_own_vectors(shelf):
+    words = [
+        {"word": "zib", "start": "red", "vectors": 2},
+        {"word": "zib_dog", "start": "blue"},
+        {"word": "zib_1x", "start": "cat"},
+    ]
+    run = make(shelf, "sdxl", "words", model={"words": words}, data={"captions": {"text": "zib"}}, lr=0.0, steps=1)
+    folder = trainer.train(run, quiet=True)
+    assert {file.name for file in (folder / "words").iterdir()} == {
+        f"{word}{tail}.safetensors" for word in ("zib", "zib_dog", "zib_1x") for tail in ("", "-a1111")
+    }
+    before = load_model(shelf / "sdxl")
+    for word in words:
+        name, tables = embeddings.read(folder / f"words/{word['word']}.safetensors", word["word"])
+        for tokenizer, encoder, vectors in zip(before.tokenizers, before.text_encoders, tables, strict=True):
+            ids = tokenizer(word["start"], add_special_tokens=False).input_ids
+            start = encoder.get_input_embeddings().weight[[ids[n % len(ids)] for n in range(word.get("vectors", 1))]]
+            assert torch.equal(vectors, start), name
+    ours(folder, "zib zib_dog zib_1x", 7)
+
+
 def test_a_word_that_is_known_or_starts_from_nothing_is_refused(shelf):
     for word, message in (
         ({"word": "apple</w>", "start": "cat"}, "known to the tokenizer"),
@@ -270,6 +335,91 @@ def test_dreambooth_keeps_the_prior_and_draws_it_itself(shelf, capsys):
     assert psnr(ours(folder, "red apple", 7), ours(shelf / "sd1", "red apple", 7)) < 60
 
 
+def prior_run(shelf, name, model="sd1", **prior):
+    data = {"captions": {"text": "zib apple", "dropout": 0.0}, "prior": {"prompt": "apple", "count": 3} | prior}
+    return make(shelf, model, name, data=data)
+
+
+def test_a_prior_folder_that_is_not_there_is_an_error(shelf, tmp_path):
+    for path, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no picture has")):
+        run = prior_run(shelf, "pathless", path=str(path))
+        for begin in (trainer.describe, lambda run: trainer.train(run, quiet=True)):
+            with pytest.raises(ValueError, match=f"{path}: {message}"):
+                begin(run)
+    assert not run.folder.exists()
+
+
+def test_a_prior_that_was_drawn_otherwise_is_drawn_again(shelf, tmp_path):
+    """Another prompt, another model, a cut file; and no more of them than are asked for."""
+    from diffusion.tasks.prior import draw_missing, missing
+
+    run = prior_run(shelf, "redrawn", count=4)
+    draw_missing(run, quiet=True)
+    assert missing(run) == []
+    file = run.folder / "prior/prior-00001.png"
+    before = file.read_bytes()
+    run.data.prior.prompt = "a photo of boat"
+    assert missing(run) == [0, 1, 2, 3]
+    draw_missing(run, quiet=True)
+    assert missing(run) == []
+    assert file.read_bytes() != before
+    base, run.model.base = run.model.base, str(shelf / "sd2")
+    assert missing(run) == [0, 1, 2, 3]
+    run.model.base = base
+    file.write_bytes(before[:100])
+    assert missing(run) == [1]
+    Image.new("RGB", (32, 32)).save(run.folder / "prior/prior-00002.png")
+    assert missing(run) == [1, 2], "a picture that does not say what drew it is none of these"
+    draw_missing(run, quiet=True)
+    run.data.prior.count = 2
+    names = [p.file.name for p in plan.read_source(run).pictures if p.file.name.startswith("prior")]
+    assert names == ["prior-00000.png", "prior-00001.png"]
+
+
+def test_all_pictures_of_a_prior_that_is_given_are_taken(shelf):
+    run = prior_run(shelf, "given", path=str(shelf / "pictures"), count=1)
+    prior = [p for p in plan.read_source(run).pictures if p.plain]
+    assert [p.text for p in prior] == ["apple"] * 4
+    assert "0 pictures to draw first" in trainer.describe(run)
+
+
+def batches_of(shelf, run):
+    """A task, and a batch of its own pictures and of the prior's at different noise levels."""
+    from diffusion.tasks.prior import draw_missing
+
+    draw_missing(run, quiet=True)
+    pictures = plan.read_source(run).pictures
+    task = tasks.build(run, pictures, torch.device("cpu"))
+    batch = task.dataset.__getitems__([(place, 0) for place in range(len(pictures))])
+    times = torch.linspace(0.02, 0.98, len(pictures), dtype=torch.float64)
+    return task, batch | {"u": torch.cat([times[::2], times[1::2]])}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_trap_10_min_snr_weighs_every_loss_of_a_batch_the_priors_too(shelf, family):
+    """A prior whose loss is added without the weight that the pictures of the subject have."""
+    plain, weighed = (prior_run(shelf, f"snr-{kind}", family, weight=0.5) for kind in ("plain", "weighed"))
+    weighed.loss.weighting, weighed.loss.gamma = "min_snr", 3.0
+    (one, batch), (other, _) = (batches_of(shelf, run) for run in (plain, weighed))
+    schedule = one.model.schedule
+    alpha, sigma = schedule.level_at(schedule.time_from_unit(batch["u"]))
+    by_hand = objectives.loss_weight("min_snr", one.model.prediction, alpha, sigma, 3.0)
+    assert batch["weight"].tolist() == [1.0] * 4 + [0.5] * 3
+    assert min(by_hand[:4].std(), by_hand[4:].std()) > 0.1, "it matters for both"
+    with torch.no_grad():
+        torch.testing.assert_close(other.module(batch).double(), one.module(batch) * by_hand, rtol=1e-5, atol=0)
+
+
+def test_the_density_of_times_is_that_of_the_config(shelf):
+    plain, dense = (prior_run(shelf, f"density-{kind}") for kind in ("plain", "dense"))
+    dense.loss.density, dense.loss.density_mean, dense.loss.density_std = "logit_normal", 1.0, 0.5
+    (one, batch), (other, _) = (batches_of(shelf, run) for run in (plain, dense))
+    moved = objectives.unit_time("logit_normal", batch["u"], 1.0, 0.5)
+    with torch.no_grad():
+        assert torch.equal(other.module(batch), one.module(batch | {"u": moved}))
+        assert not torch.allclose(other.module(batch), one.module(batch))
+
+
 def test_trap_07_sizes_and_crops_are_those_of_the_view_also_when_it_is_mirrored(shelf, tmp_path):
     """Latents cached with one crop and time ids from another; a flip with the corner of the picture that was not."""
     assert View(width=32, height=32, place=0.0).corner((64, 32)) == (0, 0)
@@ -285,16 +435,71 @@ def test_trap_07_sizes_and_crops_are_those_of_the_view_also_when_it_is_mirrored(
     run = make(shelf, "sdxl", "sizes", data={"path": str(folder), "crops": 2, "flip": True})
     task = tasks.build(run, read_folder(folder), torch.device("cpu"))
     picture = task.pictures[0]
+    entries = {view: task.encodings.latents([(picture, view)])[0] for view in task._views(picture)}
     batch = task.dataset.__getitems__([(0, visit) for visit in range(40)])
-    seen = set()
-    for row, latents in zip(batch["sizes"].tolist(), batch["latents"], strict=True):
+    seen, shown = set(), set()
+    for visit, (row, latents) in enumerate(zip(batch["sizes"].tolist(), batch["latents"], strict=True)):
         assert row[:2] == [64, 128]
         assert row[4:] == [32, 32]
         seen.add((row[2], row[3]))
-        views = [view for view in task._views(picture) if view.corner(picture.sides) == (row[3], row[2])]
-        means = [task.encodings.latents([(picture, view)])[0] for view in views]
-        assert any((latents - entry["mean"]).abs().max() < 6 * entry["std"].max() for entry in means)
+        drawn = torch.from_numpy(rng.normal(run.seed, "posterior", [picture.id], [visit], shape=latents.shape))[0]
+        (view,) = (view for view, one in entries.items() if torch.equal(latents, one["mean"] + one["std"] * drawn))
+        assert view.corner(picture.sides) == (row[3], row[2])
+        shown.add(view)
+    assert shown == set(entries), "each of the four is told apart"
     assert seen == {(0.0, 8.0), (0.0, 24.0)}
+
+
+# --- flow matching ----------------------------------------------------------------------------------------------------
+
+
+def flow_run(home, name, **train):
+    """A U-Net and its text encoder from nothing, on the straight path."""
+    from runs import denoiser
+
+    run = denoiser(home, name, save_dtype="fp32", **train)
+    run.model.prediction, run.model.beta_schedule, run.model.zero_terminal_snr = "flow", "scaled_linear", False
+    return config.validate(json.loads(json.dumps(asdict(run))))
+
+
+def test_a_flow_is_trained_on_the_straight_path_and_told_a_thousand_sigma(home):
+    run = flow_run(home, "straight-path")
+    task = tasks.build(run, plan.read_source(run).pictures, torch.device("cpu"))
+    batch, heard = task.dataset.__getitems__([(place, 0) for place in range(4)]), []
+    task.model.unet.register_forward_pre_hook(lambda _, given: heard.append(given))
+    task.model.unet.register_forward_hook(lambda _, given, output: heard.append(output[0]))
+    with torch.no_grad():
+        losses = task.module(batch)
+    (x, t), output = heard
+    sigma, x0, noise = batch["u"].view(-1, 1, 1, 1).float(), batch["latents"], batch["noise"]
+    torch.testing.assert_close(t, 1000 * batch["u"])
+    torch.testing.assert_close(x, (1 - sigma) * x0 + sigma * noise)
+    torch.testing.assert_close(losses, (output - (noise - x0)).square().mean(dim=(1, 2, 3)), check_dtype=False)
+
+
+def test_a_flow_learns_and_the_stock_pipeline_draws_the_same(home):
+    folder = trainer.train(flow_run(home, "flow", steps=120, lr=3e-3), quiet=True)
+    losses = [json.loads(line)["loss"] for line in (folder.parent / "metrics.jsonl").open()]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    model = TextToImage.load(folder, dtype="fp32")
+    assert model.model.forward == Forward(prediction="flow")
+    mine = model("red square", seed=7, steps=8, guidance_scale=3.0, sampler="euler", schedule="discrete")[0]
+    theirs = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    assert type(theirs.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    for pipeline in (theirs, model.to_diffusers()):
+        assert psnr(mine, draw(pipeline, "red square", 7, steps=8, guidance=3.0, side=16)) > 40
+    other = model("blue square", seed=7, steps=8, guidance_scale=3.0, sampler="euler", schedule="discrete")[0]
+    assert psnr(mine, other) < 40
+
+
+def test_a_flow_of_another_kind_is_refused():
+    stock_flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    assert Forward.from_diffusers(stock_flow | {"shift": 3.0}) == Forward(prediction="flow", shift=3.0)
+    assert Forward.from_diffusers(stock_flow).to_diffusers()["shift"] == 1.0
+    for name, value in (("use_dynamic_shifting", True), ("invert_sigmas", True), ("shift_terminal", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            Forward.from_diffusers(stock_flow | {name: value})
 
 
 def test_the_critic_joins_when_it_is_told_to(tmp_path):

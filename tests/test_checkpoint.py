@@ -25,6 +25,29 @@ def test_what_is_written_is_read(tmp_path):
     assert found.state == {"step": 1}
 
 
+def test_the_state_alone_is_read_from_the_newest_sealed_one(tmp_path):
+    assert checkpoint.newest_state(tmp_path / "nowhere") == {}
+    checkpoint.write(tmp_path, 1, Checkpoint(some(1.0).tensors, {"step": 1}))
+    newest = checkpoint.write(tmp_path, 2, Checkpoint(some(1.0).tensors, {"step": 2}))
+    (newest / "weights.safetensors").unlink()
+    assert checkpoint.newest_state(tmp_path) == {"step": 2}, "the tensors are not looked at"
+    (newest / "state.json").write_text("{}")
+    assert checkpoint.newest_state(tmp_path) == {"step": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fingerprint_knows_names_shapes_and_every_bit(dtype):
+    weights = {"a": torch.randn(8, 3, 3, 3).to(dtype), "b": torch.zeros((), dtype=dtype)}
+    before = checkpoint.fingerprint(weights)
+    laid_out = weights["a"].to(memory_format=torch.channels_last)
+    assert checkpoint.fingerprint({"b": weights["b"], "a": laid_out}) == before
+    others = [{"c": weights["a"], "b": weights["b"]}, weights | {"a": weights["a"].flatten(1)}]
+    moved = weights["a"].clone()
+    moved[0, 0, 0, 0] *= 1 + 2 * torch.finfo(dtype).eps
+    others.append(weights | {"a": moved})
+    assert before not in {checkpoint.fingerprint(other) for other in others}
+
+
 def test_older_ones_are_pruned(tmp_path):
     for step in (1, 2, 10):
         checkpoint.write(tmp_path, step, some(step), keep_last=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffusion import TextToImage, drawing
+from diffusion import TextToImage, drawing, samplers
 from diffusion.canvas import make_canvas, soften
 from diffusion.images import parse_parameters, read_metadata
 from diffusion.models import previews
@@ -197,12 +197,12 @@ def test_variations_lie_on_the_way_to_another_seed(tiny, draw):  # noqa: F811
 
 
 def test_noise_on_the_way_is_noise(tiny):
-    one, other = (drawing.seed_noise(seed, (4, 64, 64)) for seed in (1, 2))
+    one, other = (samplers.seed_noise(seed, (4, 64, 64)) for seed in (1, 2))
     for share in (0.25, 0.5, 0.9):
-        assert drawing.rotate(one, other, share).std() == pytest.approx(1, abs=0.02)
-    half = drawing.rotate(one, other, 0.5)
-    assert torch.allclose(half, drawing.rotate(other, one, 0.5), atol=1e-5)
-    assert torch.equal(drawing.rotate(one, one, 0.5), one), "nowhere to go"
+        assert samplers.rotate(one, other, share).std() == pytest.approx(1, abs=0.02)
+    half = samplers.rotate(one, other, 0.5)
+    assert torch.allclose(half, samplers.rotate(other, one, 0.5), atol=1e-5)
+    assert torch.equal(samplers.rotate(one, one, 0.5), one), "nowhere to go"
 
 
 def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):  # noqa: F811

@@ -1,6 +1,7 @@
 """Folders, order, captions and batches: every choice a function of the seed, the picture and the visit."""
 
 import json
+import os
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -96,6 +97,9 @@ def test_captions_come_from_names_when_asked_for(tmp_path):
         ('{"file_name": "a.png", "text": []}', "line 1: text must be"),
         ('{"file_name": "a.png", "text": "x", "weight": 0}', "weight must be a number above 0, got 0"),
         ('["a.png"]', "line 1"),
+        ('{"file_name": 3, "text": "x"}', "line 1: file_name must be a text, got 3"),
+        ('{"file_name": "a.png", "text": "half \\ud83d"}', r"line 1: 'half \\ud83d' holds half a character"),
+        ('{"file_name": "a.png", "text": "x", "keywords": ["\\udc00"]}', "line 1: .* holds half a character"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}', "listed 2 times"),
     ],
 )
@@ -105,6 +109,49 @@ def test_a_bad_row_says_what_is_wrong(tmp_path, row, message):
         read_folder(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_a_line_ends_where_files_end_lines_and_nowhere_else(tmp_path, separator):
+    text = f"one{separator}two"
+    row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    written(tmp_path, {"a.png": None, "metadata.jsonl": f"{row}\n"})
+    assert read_folder(tmp_path)[0].texts == (text,)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "unused")
+    (tmp_path / "a.txt").write_bytes(f"{text}\r\nthree\rfour\n".encode())
+    assert read_folder(tmp_path)[0].texts == (text, "three", "four")
+    written(tmp_path, {"metadata.csv": f'file_name,text\na.png,"{text}"\n'})
+    assert read_folder(tmp_path)[0].texts == (text,)
+
+
+def test_a_quoted_field_of_a_csv_may_hold_lines(tmp_path):
+    written(tmp_path, {"a.png": None, "metadata.csv": 'file_name,text\r\na.png,"one\r\ntwo"\r\n'})
+    assert read_folder(tmp_path)[0].texts == ("one\ntwo",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "grün".encode("latin-1")),
+        ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16")),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "grün"}'.encode("latin-1")),
+    ],
+)
+def test_a_text_that_is_not_utf_8_is_named(tmp_path, name, content):
+    written(tmp_path, {"a.png": None})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: not UTF-8 text .*save it as UTF-8"):
+        read_folder(tmp_path)
+
+
+def test_a_file_name_that_is_not_utf_8_is_named(tmp_path):
+    written(tmp_path, {"a.png": None})
+    try:
+        (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.png"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(ValueError, match=r"'gr\\udcfcn\.png' is not UTF-8: rename the file"):
+        read_folder(tmp_path, source="file")
 
 
 def test_a_weight_says_how_often(tmp_path):
@@ -408,6 +455,32 @@ def test_trap_18_the_cache_is_never_stale(folder, tmp_path_factory):
     assert not torch.equal(fill()[0]["mean"], first)
     assert Cache(shelf, "v1").path(b"a cat", "caption") != Cache(shelf, "v1").path(b"a dog", "caption")
     assert not list(shelf.rglob("*.part"))
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "zeros", "longer"])
+def test_an_entry_that_a_power_cut_has_broken_is_made_again(folder, tmp_path_factory, capsys, harm):
+    pictures = read_folder(folder)[:3]
+    fill, _, calls = cache_of(shelf := tmp_path_factory.mktemp("cache"), pictures, View(width=16, height=16))
+    means = [entry["mean"] for entry in fill()]
+    broken = sorted(shelf.rglob("*.safetensors"))[1]
+    content = broken.read_bytes()
+    harmed = {"empty": b"", "cut": content[:-4], "zeros": bytes(len(content)), "longer": content + b"x"}
+    broken.write_bytes(harmed[harm])
+    again = [entry["mean"] for entry in fill()]
+    assert all(map(torch.equal, means, again))
+    assert sum(calls) == 4
+    assert f"1 cut entries of the cache are made again, first {broken}" in capsys.readouterr().err
+    fill()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(folder, tmp_path_factory, monkeypatch):
+    pictures, events = read_folder(folder)[:1], []
+    fsync, replace_file = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda handle: (events.append("fsync"), fsync(handle)))
+    monkeypatch.setattr("os.replace", lambda *paths: (events.append("replace"), replace_file(*paths)))
+    cache_of(tmp_path_factory.mktemp("cache"), pictures, View(width=16, height=16))[0]()
+    assert events == ["fsync", "replace"]
 
 
 def test_what_an_interrupted_filling_has_done_stays(folder, tmp_path_factory):

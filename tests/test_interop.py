@@ -450,7 +450,8 @@ def test_a_lora_is_rewritten_for_kohya_and_back(shelf, tmp_path, capsys, family)
     kohya = exported(capsys, model, tmp_path / "k.safetensors", "--lora", adapter, "--format", "kohya")
     keys = load_file(kohya).keys()
     texts = {"lora_te1_text_model", "lora_te2_text_model"} if family == "sdxl" else {"lora_te_text_model"}
-    prefixes = {"lora_unet_down", "lora_unet_mid", "lora_unet_up", *texts}
+    blocks = ("input_blocks", "middle_block", "output_blocks") if family == "sdxl" else ("down", "mid", "up")
+    prefixes = {*(f"lora_unet_{block}" for block in blocks), *texts}
     assert all(any(key.startswith(prefix) for key in keys) for prefix in prefixes)
     assert {key.split(".", 1)[1] for key in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
     assert picture(model, loras={str(kohya): 1.0}).tobytes() == beside.tobytes()

@@ -13,7 +13,7 @@ LAYERS = (  # top to bottom; __init__ is the front door: it may open every room,
     {"__init__"},
     {"cli", "__main__"},
     {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"}
-    | {"drawing", "loading"},
+    | {"drawing", "loading", "tuning"},
     {"checkpoint", "interop", "images", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from diffusion import TextToImage
 from diffusion.models import networks, text
-from diffusion.models.folder import Forward
+from diffusion.models.compiled import Compiled
+from diffusion.models.folder import Forward, load_model
 from diffusion.models.group_norm import speed_up_group_norm
+from diffusion.models.networks import wrapped_edges
+from diffusion.models.packing import pack, unpack
 from diffusion.precision import compile_if_equal
+from families import psnr
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -119,3 +124,80 @@ def test_the_forward_process_survives_the_stock_format(beta_schedule, zero_termi
     stock = DDIMScheduler.from_config(forward.to_diffusers())
     alpha, _ = forward.schedule().level_at(torch.arange(1000))
     assert torch.allclose(alpha.float() ** 2, stock.alphas_cumprod, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_put_out_what_the_others_do(tiny_model, dtype):
+    model = load_model(tiny_model, dtype=dtype)
+    unet = model.unet.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 4, 8, 8), (2, 24, 32))]
+    with torch.inference_mode():
+        plain = unet(given[0], 500, given[1]).sample
+        assert pack(unet)
+        packed = unet(given[0], 500, given[1]).sample
+        other = unet(given[0][:1], 500, given[1][:1]).sample
+    assert torch.allclose(packed.float(), plain.float(), rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.allclose(other.float(), plain[:1].float(), rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    used = [layer.forward.weight for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert used, "there are convolutions"
+    assert all(weight is not None for weight in used), "and each was packed"
+    unpack(unet)
+    assert not any("forward" in layer.__dict__ for layer in unet.modules())
+
+
+def test_packed_weights_follow_their_own_and_leave_gradients_alone():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, padding=1))
+    x = torch.randn(2, 8, 6, 6)
+    pack(layer)
+    with torch.inference_mode():
+        before = layer(x).clone()
+    with torch.no_grad():
+        layer[0].weight.mul_(2)
+        layer[0].bias.mul_(2)
+        assert torch.allclose(layer(x), 2 * before, rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    assert layer[0].weight.grad is not None
+    with wrapped_edges([layer], "x"), torch.inference_mode():
+        rolled = layer(x.roll(2, 3)).roll(-2, 3)
+        assert torch.allclose(rolled, layer(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(rolled, 2 * before, atol=1e-3)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_compiled_unet_is_used_only_if_it_proves_equal(monkeypatch, right):
+    """With a compiler that is played: whether it is believed is ours."""
+    calls = []
+
+    class Network(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, x, t, encoder_hidden_states):
+            calls.append("eager")
+            return (x * 2,)
+
+    def compiler(network, **_):
+        def fast(x, t, encoder_hidden_states):
+            calls.append("fast")
+            return (x * (2 if right else 2.1),)
+
+        return fast
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    made = Compiled(Network())
+    x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 3, 8)
+    assert torch.equal(made(x, 1, encoder_hidden_states=context)[0], x * 2)
+    calls.clear()
+    assert torch.equal(made(x, 1, encoder_hidden_states=context)[0], x * 2)
+    assert calls == (["fast"] if right else ["eager"])
+    assert ("s to compile" in made.report) == right
+    assert ("is not used" in made.report) != right
+
+
+@pytest.mark.slow
+def test_the_shipped_model_compiles_to_the_same_picture(tmp_path):
+    plain = TextToImage.load("emoji", "cpu", "fp32")("panda", seed=3, steps=2)[0]
+    fast = TextToImage.load("emoji", "cpu", "fp32", compile=True)
+    assert psnr(fast("panda", seed=3, steps=2)[0], plain) > 50
+    assert all(fast.model.compiled.trusted.values())

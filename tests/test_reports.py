@@ -14,6 +14,7 @@ from PIL import Image
 from diffusion import TextToImage, config, report, trainer
 from diffusion.cli import main as cli
 from diffusion.data.source import hold_out, read_folder
+from diffusion.run import Run
 from diffusion.tasks.text_to_image import DenoisingLoss
 from diffusion.validation import History, Probe
 from runs import ROOT, denoiser, difference, metrics, weights
@@ -97,7 +98,7 @@ def test_a_logger_that_is_not_installed_says_how_to_get_it(home, monkeypatch):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a chromium to open the page in")
 def test_the_report_opens_in_a_browser_and_its_slider_works(home):
     run = denoiser(home, "reported", sample_every=2, validate_every=2)
-    run.name = "a <b> & c"
+    run.name, run.data.hold_out = "a <b> & c", 0.4
     trainer.train(run, quiet=True)
     page = (run.folder / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page), "one self-contained page"
@@ -108,9 +109,36 @@ def test_the_report_opens_in_a_browser_and_its_slider_works(home):
         assert f"<output>{step}</output>" in shown
         visible = [tag for tag in re.findall(r"<img[^>]*>", shown) if "hidden" not in tag]
         assert [f'data-step="{step}"' in tag for tag in visible] == [True]
-    assert last.count("<polyline") == 7
+    assert last.count("<polyline") == 13, "2 of loss, 4 validated, 2 gaps, 2 by noise level, and 3 others"
+    assert "Held out minus trained on" in last
+    assert "Loss by noise level" in last
     assert "<h1>a &lt;b&gt; &amp; c</h1>" in last
-    assert "10 pictures, each seen" in last
+    assert f"{len(hold_out(read_folder(home), 0.4)[0])} pictures, each seen" in last
+
+
+def test_the_report_follows_the_checkpoints(home, monkeypatch):
+    run = denoiser(home, "stopped-early", keep_every=2, sample_every=0)
+    seen, save = [], Run.save
+
+    def save_and_look(self, step):
+        save(self, step)
+        seen.append(re.search(r"steps done</dt><dd>(\d+)<", (run.folder / "report.html").read_text())[1])
+        self.stop = step == 2
+
+    monkeypatch.setattr(Run, "save", save_and_look)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(run, quiet=True)
+    assert seen == ["2", "2"], "at a checkpoint, and when it was stopped there"
+    assert "No samples yet" in (run.folder / "report.html").read_text()
+
+
+def test_the_gap_and_the_bins_are_those_of_the_measurements():
+    kinds = {"shipped": 1.0, "raw": 2.0}
+    bins = {"train": {"shipped": [0.5, 1.5]}, "held_out": {"shipped": [1.0, 2.5]}}
+    rows = [{"step": 3, "train": kinds, "held_out": {"shipped": 1.75, "raw": 2.5}, "bins": bins}]
+    assert report._gap(rows) == {"shipped weights": [(3, 0.75)], "raw weights": [(3, 0.5)]}
+    assert report._by_noise(rows) == {"trained on": [(1, 0.5), (2, 1.5)], "held out": [(1, 1.0), (2, 2.5)]}
+    assert report._gap([{"step": 3, "train": kinds, "bins": {}}]) == {}
 
 
 def dom(file):
@@ -149,6 +177,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, ca
     assert f"{trained:,} trained of " in said
     assert "10 of 10 views there" in said
     assert "going on from step-00000006" in said
+    stored = sum(file.stat().st_size for file in (straight / "checkpoints/step-00000006").iterdir())
+    assert f"checkpoints  {stored / 2**30:.2f} GiB each" in said
 
 
 @pytest.fixture

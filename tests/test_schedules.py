@@ -152,10 +152,20 @@ def test_flow_is_a_straight_line_and_its_shift_that_of_diffusers() -> None:
     assert sigma.tolist() == [0, 0.25, 1]
     assert alpha.tolist() == [1, 0.75, 0]
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # its sigmas, before set_timesteps shifts them once more
-    alpha, sigma = FlowSchedule(shift=3.0).level_at(torch.arange(1000, 0, -1))
+    flow, scheduler = FlowSchedule(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    told = flow.time_from_unit(torch.arange(1000, 0, -1) / 1000)
+    torch.testing.assert_close(told.float(), scheduler.timesteps, rtol=1e-6, atol=0)
+    alpha, sigma = flow.level_at(told)
     torch.testing.assert_close(sigma.float(), scheduler.sigmas, rtol=1e-6, atol=0)
     torch.testing.assert_close(alpha, 1 - sigma, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_tells_the_network_its_sigma_whatever_the_shift(shift: float) -> None:
+    flow, scheduler = FlowSchedule(shift=shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 7, 7).tolist())
+    told = [flow.time_of(level) for level in levels(flow, 7)[:-1]]
+    torch.testing.assert_close(torch.tensor(told), scheduler.timesteps, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("num_timesteps", "shift"), [(1, 1.0), (1000, 0.0), (1000, math.nan)])

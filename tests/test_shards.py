@@ -108,6 +108,8 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path):
         [
             ("good", {"png": png("red"), "json": json.dumps({"caption": ["a", "b"]}).encode()}),
             ("mute", {"png": png("red")}),
+            ("latin", {"png": png("red"), "txt": "grün".encode("latin-1")}),
+            ("half", {"png": png("red"), "json": b'{"text": "half \\ud83d"}'}),
             ("words", {"txt": b"no picture"}),
             ("broken", {"jpg": b"not a picture", "txt": b"broken"}),
             ("small", {"png": png("red", 8), "txt": b"small"}),
@@ -115,7 +117,7 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path):
         ],
     )
     data = {"path": str(tmp_path / "a.tar"), "size": 16, "cache": False}
-    run = config.validate({"task": "autoencoder", "name": "x", "data": data, "train": {"batch_size": 8}})
+    run = config.validate({"task": "text_to_image", "name": "x", "data": data, "train": {"batch_size": 8}})
     source = plan.read_source(run)
     assert [(p.file.name, p.texts) for p in source.pictures] == [("good.png", ("a", "b"))]
     feed = source.shards
@@ -126,6 +128,9 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path):
     assert rows[str(tmp_path / "a.tar")]["visits"] == 16
     assert {name[6:]: row["left_out"] for name, row in rows.items() if "left_out" in row} == {
         "mute": "has no caption: neither .txt, nor text or caption in .json",
+        "latin": "has a .txt that cannot be read ('utf-8' codec can't decode byte 0xfc in position 2: "
+        "invalid start byte)",
+        "half": r"'half \ud83d' holds half a character (a lone surrogate): write it anew",
         "words": "holds no picture, only txt",
         "broken": "a.tar/broken.jpg: cannot be read as a picture (none of PNG, JPEG, WEBP, BMP, TIFF, GIF)",
         "small": "8x8 is smaller than 16x16",
@@ -135,12 +140,42 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path):
     run.data.path = str(tmp_path / "b.tar")
     with pytest.raises(ValueError, match=r"b\.tar: no picture with a caption of at least 16x16"):
         plan.read_source(run)
-    (tmp_path / "c.tar").write_bytes(b"no tar")
-    with pytest.raises(OSError, match=r"c\.tar: cannot be read as a shard"):
-        list(read_shard(str(tmp_path / "c.tar")))
-    for path, message in (("d.tar", "no such shard"), ("pipe:cat x.tar", "would run a command")):
+    for path, message in (
+        *(("d.tar", "no such shard"), ("pipe:cat x.tar", "would run a command")),
+        *((f"z-0{end}", f"z-0{end}': shards are plain .tar files, uncompressed") for end in (".tar.gz", ".tgz")),
+    ):
         with pytest.raises(ValueError, match=message):
             find_shards(path if ":" in path else str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda whole: whole[:900], "unexpected end of data"),
+        (lambda whole: b"", "empty file"),
+        (lambda whole: b"no tar", "."),
+    ],
+)
+def test_a_shard_that_is_cut_is_named_in_one_line(tmp_path, content, reason):
+    write_shard(tmp_path / "c.tar", [("good", {"png": png("red", 64), "txt": b"red"})])
+    (tmp_path / "c.tar").write_bytes(content((tmp_path / "c.tar").read_bytes()))
+    with pytest.raises(OSError, match=rf"^\S+/c\.tar: cannot be read as a shard \([^(<]*{reason}[^(<]*\)$") as error:
+        list(read_shard(str(tmp_path / "c.tar")))
+    assert "\n" not in str(error.value)
+
+
+def test_an_address_that_gives_nothing_is_named():
+    with pytest.raises(OSError, match=r"^http://127.0.0.1:9/a.tar: cannot .* \(nothing comes from this address\)$"):
+        list(read_shard("http://127.0.0.1:9/a.tar"))
+
+
+def test_an_autoencoder_learns_from_shards_without_captions(tmp_path):
+    write_shard(tmp_path / "a.tar", [(colour, {"png": png(colour)}) for colour in COLOURS])
+    data = {"path": str(tmp_path / "a.tar"), "size": 16, "cache": False}
+    run = config.validate({"task": "autoencoder", "name": "x", "data": data, "train": {"batch_size": 8}})
+    source = plan.read_source(run)
+    assert len(source.pictures) == len(COLOURS)
+    assert len(set(chain(*steps_of(source.shards, 2)))) == 16
 
 
 def test_shards_come_over_http_too(shards, tmp_path):

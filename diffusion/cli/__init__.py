@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "make pictures from text",
     "train": "train a model from a config",
     "evaluate": "measure a model",
+    "tune": "find how few steps a model needs",
     "export": "write a model as a folder or one file, with LoRAs merged in; rewrite a LoRA",
     "info": "describe this installation, a model folder or a picture",
 }

@@ -79,6 +79,8 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
         together(steps, request, full, args, voice, total)
     else:
         apart(steps, request, args, voice, total)
+    if args.compile:
+        voice.note(f"--compile: {model.model.compiled.report}")
     return 0
 
 
@@ -101,6 +103,7 @@ def load(request: Request, args: Namespace) -> "TextToImage":
         control=args.control,
         lora_folder=args.lora_dir,
         prediction=args.prediction,
+        compile=args.compile,
         offline=args.offline,
     )
 

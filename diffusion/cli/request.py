@@ -306,7 +306,8 @@ def _add_outputs(add: Callable[..., Any], own: str) -> None:
 
 def _add_machine(add: Callable[..., Any], own: str) -> None:
     add("--device", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
-    add("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)")
+    add("--compile", action="store_true", help="compile the U-Net: a minute at first, faster from then on")
+    add("--dtype", help="fp32, bf16 or fp16 (default: what the machine is fast at; small models fp32)")
 
 
 def quiet_libraries() -> None:

@@ -1,14 +1,17 @@
 """What is computed once of a picture or a caption, kept under a name made of everything that it depends on."""
 
 import hashlib
+import json
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,8 +51,9 @@ class Cache:
         what: str = "pictures",
         batch_size: int = 32,
     ) -> "Kept":
-        """Make what is missing: ``make`` gets the places of a batch, which is of one of the ``kinds``."""
+        """Make what is missing or cut: ``make`` gets the places of a batch, which is of one of the ``kinds``."""
         first = {path: place for place, path in reversed(list(enumerate(paths)))}  # what comes twice is made once
+        _clear(first)
         missing = [place for path, place in first.items() if not path.is_file()]
         missing.sort(key=lambda place: (repr(kinds[place]) if kinds is not None else "", place))
         start = os.getpid() % len(missing) if missing else 0  # processes begin apart and skip what another has done
@@ -74,9 +78,7 @@ class Kept(Sequence[Entry]):
 
     def __getitem__(self, place: Any) -> Any:  # a Sequence takes slices as well, which nobody asks for here
         if (entry := self._entries.get(place)) is None:
-            entry = self._entries[place] = {
-                name: tensor.clone() for name, tensor in load_file(self.paths[place]).items()
-            }
+            entry = self._entries[place] = _read(self.paths[place])
             self.held += _size(entry)
             while self.held > self.memory and len(self._entries) > 1:
                 self.held -= _size(self._entries.popitem(last=False)[1])
@@ -99,8 +101,41 @@ def _batches(places: Sequence[int], kinds: Sequence[Hashable] | None, batch_size
         yield batch
 
 
+def _read(path: Path) -> Entry:
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); the same command makes it again") from None
+
+
 def _write(path: Path, entry: Entry) -> None:
+    """An entry is on the disk before it has its name: after a power cut it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({name: tensor.float().cpu().contiguous() for name, tensor in entry.items()}, part)
+    with open(part, "wb") as stream:
+        stream.write(save({name: tensor.float().cpu().contiguous() for name, tensor in entry.items()}))
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(part, path)
+
+
+def _clear(paths: Iterable[Path]) -> None:
+    """Remove entries that something has cut, so that they are made again."""
+    broken = [path for path in paths if path.is_file() and not _is_whole(path)]
+    for path in broken:
+        path.unlink(missing_ok=True)  # another process may have been faster
+    if broken:
+        print(f"{len(broken)} cut entries of the cache are made again, first {broken[0]}", file=sys.stderr)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, header, numbers."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(length) if length < size else b""
+        ends = [facts["data_offsets"][1] for name, facts in json.loads(header).items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return size == 8 + length + max(ends, default=0)

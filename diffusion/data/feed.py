@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from diffusion.data.dataset import Batch
-from diffusion.data.order import Visits, batches
+from diffusion.data.order import Visit, Visits, batches
 from diffusion.data.source import Picture
 
 T = TypeVar("T")
@@ -40,7 +40,10 @@ class Feed(Protocol):
     """An endless sequence of batches, of which step s has the same ones whoever computes them."""
 
     def batches(self, dataset: Any, first_step: int, steps: int, share: Share) -> Iterator[Batch]:
-        """The micro-batches of one process for the steps from ``first_step`` to ``steps``."""
+        """The micro-batches of one process for the steps from ``first_step`` to ``steps``.
+
+        ValueError or OSError names a file that cannot be read.
+        """
 
     def files(self, ids: Iterable[int]) -> list[str]:
         """The files of pictures that were in the batches of late, by their ids."""
@@ -67,10 +70,17 @@ class FolderFeed:
         visits = batches(
             self.order, first_step, steps, share.batch_size, share.micro_batch, share.process, share.processes
         )
-        loader = DataLoader(
-            dataset, batch_sampler=visits, collate_fn=dict, num_workers=share.workers, worker_init_fn=_ignore_interrupts
+        loader: DataLoader[Any] = DataLoader(
+            _Telling(dataset),  # type: ignore[arg-type]  # it is asked for whole batches
+            batch_sampler=visits,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=share.workers,
+            worker_init_fn=_ignore_signals,
         )
-        return iter(loader)
+        for made in loader:
+            if isinstance(made, str):
+                raise ValueError(made)
+            yield made
 
     def files(self, ids: Iterable[int]) -> list[str]:
         wanted = set(ids)
@@ -93,9 +103,27 @@ class FolderFeed:
         )
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches workers too; the loop has still to finish its step with what they make."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@dataclass(frozen=True)
+class _Telling:
+    """A dataset that gives what is wrong with a file as a text: an error would leave a worker as a whole traceback."""
+
+    dataset: Any
+
+    def __getitems__(self, visits: Sequence[Visit]) -> Batch | str:
+        try:
+            return self.dataset.__getitems__(visits)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+
+def _as_it_is(made: Batch | str) -> Batch | str:
+    return made
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C, or SIGTERM to a group, reaches workers too; the loop has still to finish its step with what they make."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> None:

@@ -21,18 +21,16 @@ from typing import Any
 from diffusion import rng
 from diffusion.data.dataset import Batch
 from diffusion.data.feed import Share, ahead, write_lines
-from diffusion.data.source import SUFFIXES, Picture
-
-SUFFIX = ".tar"
-
-
-def are_shards(path: str) -> bool:
-    """Whether a ``data.path`` names shards: one, or several in braces or with stars; paths or URLs."""
-    return path.endswith(SUFFIX)
+from diffusion.data.scan import SUFFIXES
+from diffusion.data.source import Picture, check_text, lines_of
 
 
 def find_shards(path: str) -> list[str]:
     """``a-{000..009}.tar`` or ``a-*.tar`` as paths or URLs. ValueError if a local one is not there."""
+    if not path.endswith(".tar"):
+        raise ValueError(
+            f"data.path {path!r}: shards are plain .tar files, uncompressed: pictures are compressed already"
+        )
     urls = list(_webdataset().shardlists.expand_urls(path))
     if any("pipe:" in url for url in urls):
         raise ValueError(f"data.path {path!r} would run a command, which a config must not do: give a path or a URL")
@@ -45,17 +43,20 @@ def find_shards(path: str) -> list[str]:
     return found
 
 
-def read_shard(url: str) -> Iterator[tuple[str, Picture | str]]:
-    """Name and picture of each sample of a shard, or the reason why it is none. OSError names a broken shard."""
+def read_shard(url: str, captioned: bool = True) -> Iterator[tuple[str, Picture | str]]:
+    """Name and picture of each sample of a shard, or the reason why it is none. OSError names a broken shard.
+
+    A sample needs no caption if it is not ``captioned``.
+    """
     try:
         for sample in _webdataset().tarfile_samples([{"url": url}]):
             name = f"{Path(url).name}/{sample['__key__']}"
             try:
-                yield name, _picture(name, sample)
+                yield name, _picture(name, sample, captioned)
             except ValueError as error:
                 yield name, str(error)
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise OSError(f"{url}: cannot be read as a shard ({str(error).splitlines()[0]})") from None
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise OSError(f"{url}: cannot be read as a shard ({_why(url, error)})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,17 @@ class Record:
 
 @dataclass(eq=False)
 class ShardFeed:
-    """Batches from shards. ``refuse`` says why a picture cannot be used, ``held_out`` whether it is for measuring."""
+    """Batches from shards. ``refuse`` says why a picture cannot be used, ``held_out`` whether it is for measuring.
+
+    Pictures without a caption are left out where they are ``captioned``.
+    """
 
     urls: Sequence[str]
     seed: int
     batch_size: int
     refuse: Callable[[Picture], str | None] = lambda picture: None
     held_out: Callable[[Picture], bool] = lambda picture: False
+    captioned: bool = True
     records: dict[int, Record] = field(default_factory=dict)
     _late: dict[int, str] = field(default_factory=dict)
 
@@ -139,7 +144,12 @@ class ShardFeed:
 
     def sample(self, count: int, held_out: bool) -> list[Picture]:
         """The first pictures that may be used, of those trained on or of those held out."""
-        found = (picture for url in self.urls for _, picture in read_shard(url) if isinstance(picture, Picture))
+        found = (
+            picture
+            for url in self.urls
+            for _, picture in read_shard(url, self.captioned)
+            if isinstance(picture, Picture)
+        )
         usable = (p for p in found if self.held_out(p) == held_out and self.refuse(p) is None)
         return list(islice(usable, count))
 
@@ -165,7 +175,7 @@ class ShardFeed:
             epoch, place = divmod(turn * self.lanes + number, len(self.urls))
             url = self.urls[self._shuffled(epoch)[place]]
             idle += 1
-            for done, (name, found) in enumerate(islice(read_shard(url), taken, None), taken + 1):
+            for done, (name, found) in enumerate(islice(read_shard(url, self.captioned), taken, None), taken + 1):
                 reason = found if isinstance(found, str) else self.refuse(found)
                 if isinstance(found, str) or reason is not None:
                     refused[name] = str(reason)
@@ -182,13 +192,13 @@ class ShardFeed:
         return rng.permutation(self.seed, "shards", epoch, len(self.urls)).tolist()
 
 
-def _picture(name: str, sample: Mapping[str, Any]) -> Picture:
+def _picture(name: str, sample: Mapping[str, Any], captioned: bool) -> Picture:
     image = next((kind for kind in sample if f".{kind.lower()}" in SUFFIXES), None)
     if image is None:
         raise ValueError(f"holds no picture, only {', '.join(k for k in sample if not k.startswith('__'))}")
     return Picture(
         file=Path(f"{name}.{image}"),
-        texts=tuple(_texts(sample)),
+        texts=tuple(_texts(sample)) if captioned else ("",),
         keywords=(),
         group=name,
         weight=1.0,
@@ -199,16 +209,29 @@ def _picture(name: str, sample: Mapping[str, Any]) -> Picture:
 
 def _texts(sample: Mapping[str, Any]) -> list[str]:
     """The captions: lines of ``txt``, or ``text`` or ``caption`` of ``json``."""
-    if "txt" in sample:
-        lines = sample["txt"].decode("utf-8-sig").splitlines()
-    else:
-        facts = json.loads(sample.get("json", b"{}"))
-        text = facts.get("text", facts.get("caption")) if isinstance(facts, dict) else None
-        lines = text if isinstance(text, list) else [text]
+    kind = "txt" if "txt" in sample else "json"
+    try:
+        lines = lines_of(sample.get(kind, b"{}"))
+        if kind == "json":
+            facts = json.loads("\n".join(lines))
+            text = facts.get("text", facts.get("caption")) if isinstance(facts, dict) else None
+            lines = text if isinstance(text, list) else [text or ""]
+    except ValueError as error:
+        raise ValueError(f"has a .{kind} that cannot be read ({error})") from None
     texts = [line.strip() for line in lines if isinstance(line, str) and line.strip()]
     if not texts:
         raise ValueError("has no caption: neither .txt, nor text or caption in .json")
+    for text in texts:
+        check_text(text)
     return texts
+
+
+def _why(url: str, error: Exception) -> str:
+    """What is wrong with a shard, without what webdataset adds for its own developers."""
+    if "://" in url and ("curl" in str(error) or "empty file" in str(error)):
+        return "nothing comes from this address"
+    said = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(said.partition(" @ ")[0].split())
 
 
 def _first(refused: Mapping[str, str]) -> str:

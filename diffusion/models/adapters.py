@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion.models import embeddings, lora
 from diffusion.models.folder import Model, write_json
-from diffusion.places import ADAPTERS
+from diffusion.places import ADAPTERS, OTHER_FORMAT
 
 WORDS = "words"
 
@@ -77,8 +77,7 @@ def save(model: Model, path: Path, base: str, kohya: bool = False) -> None:
     networks = _networks(model)
     if any("lora_" in name for network in networks.values() for name, _ in network.named_parameters()):
         lora.save(networks, path, kohya)
-    pairs = zip(model.tokenizers, model.text_encoders, strict=True)
-    tables = [embeddings.learnt(tokenizer, encoder) for tokenizer, encoder in pairs]
+    tables = [embeddings.learnt(encoder) for encoder in model.text_encoders]
     if tables[0]:
         embeddings.save(tables, path / WORDS)
     write_json(path / ADAPTERS, asdict(model.recipe) | {"base": base})
@@ -105,7 +104,7 @@ def _only_words(path: Path) -> bool:
 
 def _words_of(path: Path) -> list[Path]:
     """The learnt words of a folder of adapters, each in one of its two formats."""
-    return [file for file in sorted((path / WORDS).glob("*.safetensors")) if not file.stem.endswith("-a1111")]
+    return [file for file in sorted((path / WORDS).glob("*.safetensors")) if not file.stem.endswith(OTHER_FORMAT)]
 
 
 def _is_word(path: Path) -> bool:

@@ -4,8 +4,8 @@ import gzip
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer
 
+from diffusion.models.stock import CLIPTokenizer
 from diffusion.models.text import END, START
 
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")  # 48,894 lines, in the order in which they were learnt

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.controlnets.controlnet import ControlNetModel
 from torch import Tensor
 
 from diffusion.models.folder import Model
+from diffusion.models.stock import bare_packages
+
+with bare_packages():
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
 
 def load_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> ControlNetModel:

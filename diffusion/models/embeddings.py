@@ -10,16 +10,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+
+from diffusion.models.stock import CLIPTokenizer
+from diffusion.places import word_file, word_tokens
 
 
 class WordTable(nn.Module):
-    """A text encoder's table of embeddings with rows of its own at the end, which alone are trained."""
+    """A text encoder's table of embeddings with rows of its own at the end, which alone are trained.
 
-    def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
+    ``words`` gives the vectors ``(n, D)`` that each word starts from; its rows are in that order.
+    """
+
+    def __init__(self, table: nn.Embedding, words: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.table = table.requires_grad_(False)
-        self.rows = nn.Parameter(rows.float())
+        self.counts = {word: len(vectors) for word, vectors in words.items()}
+        self.rows = nn.Parameter(torch.cat([*words.values()]).float())
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Those of each word."""
+        return dict(zip(self.counts, self.rows.split([*self.counts.values()]), strict=True))
 
     def forward(self, ids: Tensor) -> Tensor:
         known = self.table.num_embeddings
@@ -35,13 +45,13 @@ def add(tokenizer: CLIPTokenizer, encoder: Any, words: Mapping[str, Tensor | str
     that is known already, or a text that says nothing.
     """
     place, table = _table(encoder)
-    names = [name for word in words for name in _tokens(word, vectors[word])]
+    names = [name for word in words for name in word_tokens(word, vectors[word])]
     known = set(names) & set(tokenizer.get_vocab())
     if known:
         raise ValueError(f"the word {sorted(known)[0]!r} is known to the tokenizer already: choose another one")
-    tables = [_start(tokenizer, table, of, vectors[word]) for word, of in words.items()]
+    starts = {word: _start(tokenizer, table, of, vectors[word]) for word, of in words.items()}
     tokenizer.add_tokens(names)
-    setattr(place, "token_embedding", WordTable(table, torch.cat(tables)))  # noqa: B010 - a Module's attribute
+    setattr(place, "token_embedding", WordTable(table, starts))  # noqa: B010 - a Module's attribute
 
 
 def finish(encoder: Any) -> None:
@@ -53,29 +63,22 @@ def finish(encoder: Any) -> None:
         encoder.config.vocab_size = len(weight)
 
 
-def learnt(tokenizer: CLIPTokenizer, encoder: Any) -> dict[str, Tensor]:
+def learnt(encoder: Any) -> dict[str, Tensor]:
     """The vectors ``(n, D)`` of each word that ``add`` has taught."""
     _, table = _table(encoder)
     if not isinstance(table, WordTable):
         return {}
-    known, found = table.table.num_embeddings, dict[str, list[Tensor]]()
-    ids = {index: name for name, index in tokenizer.get_added_vocab().items() if index >= known}
-    word = ""
-    for index in sorted(ids):
-        word = word if ids[index].startswith(f"{word}_") and word else ids[index]
-        found.setdefault(word, []).append(table.rows[index - known].detach().float().cpu())
-    return {name: torch.stack(rows) for name, rows in found.items()}
+    return {word: rows.detach().float().cpu() for word, rows in table.vectors().items()}
 
 
 def save(tables: Sequence[Mapping[str, Tensor]], folder: Path) -> None:
     """One file a word in the stock library's format, and one in AUTOMATIC1111's; of two encoders both are in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for word in tables[0]:
-        name = "".join(c for c in word if c.isalnum() or c in "-_") or "word"
         vectors = [table[word].contiguous() for table in tables]
         stock = {word: vectors[0]} if len(vectors) == 1 else {"clip_l": vectors[0], "clip_g": vectors[1]}
         others = {"emb_params": vectors[0]} if len(vectors) == 1 else stock
-        for file, tensors in ((f"{name}.safetensors", stock), (f"{name}-a1111.safetensors", others)):
+        for file, tensors in zip(word_file(word), (stock, others), strict=True):
             part = folder / f".{file}.part"
             save_file(tensors, part, metadata={"format": "pt", "word": word})
             part.chmod(0o644)
@@ -92,10 +95,6 @@ def read(file: Path, word: str = "") -> tuple[str, list[Tensor]]:
     name, vectors = next(iter(tensors.items()))
     own = f"<{file.stem}>" if name == "emb_params" else name
     return word or own, [vectors if vectors.ndim == 2 else vectors[None]]
-
-
-def _tokens(word: str, vectors: int) -> list[str]:
-    return [word, *(f"{word}_{n}" for n in range(1, vectors))]
 
 
 def _table(encoder: Any) -> tuple[Any, Any]:

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion import schedules
+from diffusion.models.stock import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from diffusion.models.text import load_tokenizer, save_tokenizer
 from diffusion.places import base_of
-from diffusion.schedules import DiscreteSchedule
+from diffusion.schedules import DiscreteSchedule, FlowSchedule
 
 TEXT_MODELS = (CLIPTextModel, CLIPTextModelWithProjection)
+FLOW = "FlowMatchEulerDiscreteScheduler"
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
 
 
@@ -51,10 +56,13 @@ class Forward:
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     zero_terminal_snr: bool = False
-    prediction: str = "epsilon"
+    prediction: str = "epsilon"  # with ``flow`` the path is straight, and there are no betas
+    shift: float = 1.0  # of a flow: above 1 more steps are spent in noise
 
-    def schedule(self) -> DiscreteSchedule:
+    def schedule(self) -> DiscreteSchedule | FlowSchedule:
         """The levels that this process passes through."""
+        if self.prediction == "flow":
+            return FlowSchedule(self.num_train_timesteps, self.shift)
         if self.beta_schedule == "cosine":
             betas = schedules.cosine_betas(self.num_train_timesteps)
         else:
@@ -63,7 +71,14 @@ class Forward:
         return DiscreteSchedule(schedules.rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """A ``scheduler_config.json`` for ``DDIMScheduler`` that walks our ``trailing`` grid."""
+        """A ``scheduler_config.json`` that walks our ``trailing`` grid, by DDIM, or of a flow our ``discrete`` one."""
+        if self.prediction == "flow":
+            return {
+                "_class_name": FLOW,
+                "num_train_timesteps": self.num_train_timesteps,
+                "shift": self.shift,
+                "init_noise_sigma": 1.0,  # not of this class, but StableDiffusionPipeline asks every scheduler for it
+            }
         return {
             "_class_name": "DDIMScheduler",
             "beta_schedule": _BETAS[self.beta_schedule],
@@ -82,6 +97,8 @@ class Forward:
     def from_diffusers(cls, config: dict[str, Any]) -> "Forward":
         """Read a ``scheduler_config.json``; a key that is absent has the meaning diffusers gives to its absence."""
         kind = config.get("_class_name", "DDIMScheduler")
+        if kind == FLOW:
+            return cls._from_flow(config)
         if kind.startswith(("FlowMatch", "EDM", "ScoreSde", "Karras", "VQ", "UnCLIP")):
             raise ValueError(f"scheduler_config.json: {kind} describes another forward process than Stable Diffusion's")
         if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
@@ -101,6 +118,14 @@ class Forward:
             prediction=config.get("prediction_type", "epsilon"),
         )
 
+    @classmethod
+    def _from_flow(cls, config: dict[str, Any]) -> "Forward":
+        for name in ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"):
+            if config.get(name):
+                raise ValueError(f"scheduler_config.json: {name} is not supported, only a fixed shift")
+        steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+        return cls(prediction="flow", num_train_timesteps=steps, shift=shift)
+
 
 @dataclass(kw_only=True)
 class Model:
@@ -116,6 +141,7 @@ class Model:
     tokenizer_2: CLIPTokenizer | None = None  # SDXL has two text encoders
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zero_empty: bool = False
+    compiled: Any = None  # what is called in place of the U-Net, if it was compiled
     adapters: dict[str, float] = field(default_factory=dict)  # what was merged into the weights, and how strongly
     reports: dict[str, str] = field(default_factory=dict)  # what a person may want to know of each LoRA
 
@@ -134,11 +160,16 @@ class Model:
         return {"vae": self.vae, "unet": self.unet, "text_encoder": self.text_encoder, **second}
 
     @property
+    def factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
     def prediction(self) -> str:
         return self.forward.prediction
 
     @property
-    def schedule(self) -> DiscreteSchedule:
+    def schedule(self) -> DiscreteSchedule | FlowSchedule:
         return self.forward.schedule()
 
 
@@ -213,9 +244,13 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
         save_network(network, path / name, dtype)
     for tail, tokenizer in zip(("", "_2"), model.tokenizers, strict=False):
         save_tokenizer(tokenizer, path / f"tokenizer{tail}")
-    write_json(path / "scheduler" / "scheduler_config.json", model.forward.to_diffusers())
+    scheduler = model.forward.to_diffusers()
+    write_json(path / "scheduler" / "scheduler_config.json", scheduler)
     write_json(path / "recipe.json", asdict(model.recipe))
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
@@ -230,10 +265,11 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
 
 def stock_pipeline(model: Model) -> Any:
     """The same networks in diffusers' own ``StableDiffusionPipeline``, or ``StableDiffusionXLPipeline``."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline  # slow to import
+    import diffusers  # slow to import
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    parts = {**model.networks, "tokenizer": model.tokenizer}
-    parts["scheduler"] = DDIMScheduler.from_config(model.forward.to_diffusers())
+    parts, scheduler = {**model.networks, "tokenizer": model.tokenizer}, model.forward.to_diffusers()
+    parts["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
     if model.text_encoder_2 is not None:
         return StableDiffusionXLPipeline(
             **parts,

@@ -1,11 +1,13 @@
 """Low-rank adapters (LoRA, Hu et al. 2106.09685; DoRA, Liu et al. 2402.09353): put on, saved, read and merged.
 
 Training puts ``peft``'s layers into a network. Drawing merges what a file holds into the weights, so it costs nothing.
-Files are read in diffusers' and in kohya's names; a key that finds no layer is an error, never ignored.
+Files are read in diffusers' and in kohya's names, which for XL are those of the original format; a key that finds no
+layer is an error, never ignored.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ KOHYA = {
     "text_encoder": "lora_te_",
     "text_encoder_2": "lora_te2_",
 }  # lora_te1_ where there are two
+ORIGINAL = re.compile("lora_unet_(input_blocks|middle_block|output_blocks)_")  # the U-Net of XL, as sd-scripts has it
 
 
 def add(network: nn.Module, targets: list[str], rank: int, alpha: float, dora: bool = False) -> list[str]:
@@ -115,7 +118,7 @@ def save(networks: Mapping[str, nn.Module], folder: Path, kohya: bool = False) -
     _write(_stock(adapters), folder / FILE, _header(adapters))
     if kohya:
         file = folder / FILE.replace("pytorch_lora_weights", "kohya")
-        _write(_kohya(adapters, "text_encoder_2" in networks), file, {"format": "pt"})
+        _write(_kohya(adapters, networks), file, {"format": "pt"})
 
 
 def rewrite(
@@ -128,7 +131,7 @@ def rewrite(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     if kohya:
-        _write(_kohya(adapters, "text_encoder_2" in networks), file, {"format": "pt"})
+        _write(_kohya(adapters, networks), file, {"format": "pt"})
     else:
         _write(_stock(adapters), file, _header(adapters))
 
@@ -145,7 +148,7 @@ def read(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
     except Exception as error:
         raise ValueError(f"{file}: not a safetensors file ({error})") from None
     lora = Lora(path, keys=len(tensors))
-    layers = {name: _names(network, name, len(networks)) for name, network in networks.items()}
+    layers = {name: _names(network, name, tensors) for name, network in networks.items()}
     unknown = []
     for key, tensor in tensors.items():
         found = _place(key, layers)
@@ -167,9 +170,10 @@ def read(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _names(network: nn.Module, name: str, networks: int) -> dict[str, str]:
-    """Every way that a layer of a network is written -> its name there."""
+def _names(network: Any, name: str, written: Iterable[str]) -> dict[str, str]:
+    """Every way that a layer of a network may be written, in a file of such keys -> its name there."""
     found: dict[str, str] = {}
+    theirs = _original_names(network) if name == "unet" and any(map(ORIGINAL.match, written)) else {}
     prefixes = [f"{name}.", f"{name}.base_model.model.", f"{name}.text_model."]
     kohya = [KOHYA[name], *(["lora_te1_"] if name == "text_encoder" else [])]
     for layer, module in network.named_modules():
@@ -177,7 +181,24 @@ def _names(network: nn.Module, name: str, networks: int) -> dict[str, str]:
             plain = layer.removesuffix(".base_layer")
             flat = plain.replace(".", "_")
             ways = [prefix + plain for prefix in prefixes] + [prefix + flat for prefix in kohya]
+            ways += [KOHYA[name] + theirs[plain]] if plain in theirs else []
             found |= dict.fromkeys([*ways, *(f"{prefix}text_model_{flat}" for prefix in kohya)], plain)
+    return found
+
+
+def _original_names(unet: Any) -> dict[str, str]:
+    """Layers of a U-Net by the names that sd-scripts gives them for XL, which are those of the original format."""
+    from diffusion.models.original import unet_key  # slow to import
+
+    found = {}
+    for layer, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            plain = layer.removesuffix(".base_layer")
+            try:
+                key = unet_key(f"{plain}.weight", unet)
+            except ValueError:  # a layer that the original format does not have
+                continue
+            found[plain] = key.removesuffix(".weight").replace(".", "_")
     return found
 
 
@@ -269,16 +290,21 @@ def _stock(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[s
     }
 
 
-def _kohya(adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]], two: bool) -> dict[str, Tensor]:
-    """In kohya's names; the first of ``two`` text encoders has another one than the only one."""
+def _kohya(
+    adapters: Mapping[str, Mapping[str, Mapping[str, Tensor]]], networks: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """In kohya's names. For XL, where there are two text encoders, the first and the U-Net have others than for 1.x."""
     names = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
-    found = {}
+    two = "text_encoder_2" in networks
+    theirs = _original_names(networks["unet"]) if two else {}
+    found: dict[str, Tensor] = {}
     for network, layers in adapters.items():
         prefix = "lora_te1_" if two and network == "text_encoder" else KOHYA[network]
         prefix += "text_model_" if network != "unet" else ""
         for layer, parts in layers.items():
-            for part, tensor in parts.items():
-                found[f"{prefix}{layer.removeprefix('text_model.').replace('.', '_')}.{names[part]}"] = tensor
+            flat = layer.removeprefix("text_model.").replace(".", "_")
+            written = theirs.get(layer, flat) if network == "unet" else flat
+            found |= {f"{prefix}{written}.{names[part]}": tensor for part, tensor in parts.items()}
     return found
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusion.models.stock import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 
 
 def build_autoencoder(arguments: dict[str, Any]) -> AutoencoderKL:

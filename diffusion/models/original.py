@@ -16,10 +16,15 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusion.models.stock import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -298,11 +303,16 @@ def to_original(networks: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _unet_to_original(unet: Any) -> dict[str, Tensor]:
+    return {unet_key(key, unet): tensor for key, tensor in unet.state_dict().items()}
+
+
+def unet_key(key: str, unet: Any) -> str:
+    """The name of a weight of this U-Net in the original format. ValueError if it has none there."""
     each = unet.config.layers_per_block
     if not isinstance(each, int):
         raise ValueError(f"Stable Diffusion's original format has no blocks of {each} layers: export a folder")
     attended = {block for block, module in enumerate(unet.up_blocks) if hasattr(module, "attentions")}
-    return {_unet_key(key, each + 1, attended): tensor for key, tensor in unet.state_dict().items()}
+    return _unet_key(key, each + 1, attended)
 
 
 def _unet_key(key: str, each: int, attended: set[int]) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTokenizer
 
+from diffusion.models.stock import CLIPTokenizer
 from diffusion.prompts import Prompt, Span
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -124,6 +124,14 @@ def encode(parts: TextParts, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return found
     blank = tokens["blank"].to(ids[0].device)
     return {name: value.masked_fill(blank.view(-1, *[1] * (value.ndim - 1)), 0.0) for name, value in found.items()}
+
+
+def idle_layers(parts: TextParts) -> list[Any]:
+    """Layers that take no part in what ``encode`` gives: of two encoders the end of the first one."""
+    if len(parts.text_encoders) == 1:
+        return []
+    first = getattr(parts.text_encoders[0], "text_model", parts.text_encoders[0])
+    return [first.encoder.layers[-1], first.final_layer_norm]
 
 
 @dataclass(frozen=True)

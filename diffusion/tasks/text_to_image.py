@@ -26,6 +26,7 @@ from diffusion.pipeline import TextToImage
 from diffusion.pixels import View
 from diffusion.places import find_model
 from diffusion.settings import Settings
+from diffusion.tasks.distillation import DistillationLoss, frozen_copy
 from diffusion.tasks.encodings import Encodings
 from diffusion.tasks.task import mean_of_each, probe_seed
 
@@ -75,15 +76,21 @@ class TextToImageTask:
     def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
         self.config = config
         self.model = _assemble(config, pictures)
+        _refuse_dropout(self.model, "model." if config.model.base is None else f"{config.model.base}/")
         for network in self.model.networks.values():
             network.to(device).eval()
         self.model.unet.to(memory_format=torch.channels_last).train()
+        teacher = None if config.loss.distill is None else frozen_copy(self.model.unet)
         _choose_trained(self.model, config)
         if not config.train.compile:  # the compiler fuses group norm by itself
             speed_up_group_norm(self.model.unet)
         if config.train.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        self.module: nn.Module = DenoisingLoss(self.model, config.loss)
+        self.module: nn.Module = (
+            DenoisingLoss(self.model, config.loss)
+            if config.loss.distill is None
+            else DistillationLoss(self.model, teacher, config.loss.distill)
+        )
         self.network: nn.Module = self.model.unet
         self.encodings = Encodings(self.model, Path(config.output) / "cache") if config.data.cache else None
         self.pictures = pictures
@@ -144,11 +151,11 @@ class TextToImageTask:
         )
 
     def gathered(self) -> "TextToImageTask | None":
-        unet, text_encoder = networks.unsharded(self.model.unet), networks.unsharded(self.model.text_encoder)
-        if unet is None or text_encoder is None:
+        found = {name: networks.unsharded(network) for name, network in self.model.networks.items()}
+        if any(network is None for network in found.values()):
             return None
         whole = copy.copy(self)
-        whole.model = dataclasses.replace(self.model, unet=unet, text_encoder=text_encoder)
+        whole.model = dataclasses.replace(self.model, **found)
         return whole
 
     def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -267,6 +274,18 @@ def _choose_trained(model: Model, config: Config) -> None:
         model.unet.requires_grad_(True)
         for encoder in model.text_encoders:
             encoder.requires_grad_(m.text_encoder is not None or m.train_text_encoder)
+    for layer in text.idle_layers(model):  # processes would wait for gradients that never come
+        layer.requires_grad_(False)
+
+
+def _refuse_dropout(model: Model, where: str) -> None:
+    """ValueError if a network would draw from a random state, which a run that goes on has not got."""
+    for name, network in model.networks.items():
+        for argument in ("dropout", "attention_dropout"):
+            if (share := getattr(network.config, argument, 0.0)) > 0:
+                raise ValueError(
+                    f"{where}{name}: {argument} {share:g} draws what a run that goes on cannot draw again: set it to 0"
+                )
 
 
 def _assemble(config: Config, pictures: list[Picture]) -> Model:

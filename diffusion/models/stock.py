@@ -1,0 +1,53 @@
+"""The stock networks, imported without the rest of their library.
+
+``diffusers.models.autoencoders`` and its neighbours import every architecture that there is when any one is asked for:
+two seconds, of which the one takes a tenth. While the classes below are imported, those packages are bare folders;
+afterwards they are forgotten, and whoever imports one gets all of it, around these same classes.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+CROWDED = ("models", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets", "hooks")
+
+
+@contextmanager
+def bare_packages() -> Iterator[None]:
+    """Within the block, those of the stock library's packages that are not loaded yet have nothing but their files."""
+    found = importlib.util.find_spec("diffusers")
+    assert found is not None and found.submodule_search_locations, "it is a dependency"  # noqa: PT018
+    put = {}
+    for name in CROWDED:
+        if f"diffusers.{name}" not in sys.modules:
+            put[f"diffusers.{name}"] = package = ModuleType(f"diffusers.{name}")
+            package.__path__ = [str(Path(found.submodule_search_locations[0], *name.split(".")))]
+    sys.modules |= put
+    try:
+        yield
+    finally:
+        for name, package in put.items():
+            if sys.modules.get(name) is package:
+                del sys.modules[name]
+
+
+with bare_packages():
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTokenizer",
+    "UNet2DConditionModel",
+    "bare_packages",
+]
