@@ -7,6 +7,7 @@ python train.py configs/dreambooth.yaml && python assets/demos.py dreambooth
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from diffusion import TextToImage
 from diffusion.data.source import read_folder
 from diffusion.evaluation import thumbnail
+from diffusion.models.folder import read_recipe
 from diffusion.sheets import make_grid
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +40,12 @@ def is_delft(image: Image.Image) -> bool:
     return bool(np.median(frame) >= 225 and len(paint) >= 0.03 * pixels[..., 0].size and blue.mean() >= 0.8)
 
 
-def pictures(prompts: list[str], seed: int = 0, **load: object) -> list[Image.Image]:
+def pictures(
+    prompts: list[str], seed: int = 0, settings: dict[str, Any] | None = None, **load: object
+) -> list[Image.Image]:
     """One try each."""
     draw = TextToImage.load(**load)  # type: ignore[arg-type]
-    return [draw(prompt, seed=seed + n)[0] for n, prompt in enumerate(tqdm(prompts, leave=False))]
+    return [draw(prompt, seed=seed + n, **settings or {})[0] for n, prompt in enumerate(tqdm(prompts, leave=False))]
 
 
 def lora() -> None:
@@ -70,7 +74,9 @@ def subject(name: str, word: str) -> None:
     green, were = (sum(map(is_green, some)) for some in (drawn, before))
     print(f"{word} is green like them: {green} of {len(drawn)}; before: {were} of {len(before)}")
     known = ["panda", "red apple", "rocket", "alien monster"]
-    kept, now = pictures(known), pictures(known, path=model)
+    recipe = read_recipe(model)
+    alike = {"steps": recipe.steps, "guidance_scale": recipe.guidance_scale}
+    kept, now = pictures(known, settings=alike), pictures(known, settings=alike, path=model)
     print(
         "known things, decibels between before and after:",
         [round(psnr(*pair), 1) for pair in zip(kept, now, strict=True)],

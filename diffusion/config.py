@@ -151,6 +151,11 @@ class Distill:
     steps: Annotated[Positive, "steps that the student draws in, without guidance"] = 4
     teacher_steps: Annotated[Positive, "steps of the teacher that one of them stands for"] = 5
     guidance: Annotated[Rate, "the teacher's guidance scale, which the student learns"] = 5.0
+    interval: Annotated[
+        list[Rate] | None,
+        Field(min_length=2, max_length=2),
+        "guide only at these sigma / alpha: low, high (2404.07724)",
+    ] = None
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -224,6 +229,9 @@ class Recipe:
 
     steps: Annotated[Positive | None, "denoising steps; null: as the base model, or 30"] = None
     guidance_scale: Annotated[Rate | None, "classifier-free guidance; null: as the base model, or 7.5"] = None
+    guidance_interval: Annotated[
+        list[Rate] | None, Field(min_length=2, max_length=2), "sigma / alpha at which that guides; null: everywhere"
+    ] = None
     sampler: Annotated[str | None, "sampler name; null: as the base model, or ddim"] = None
     schedule: Annotated[str | None, "grid of noise levels; null: as the base model, or trailing"] = None
     prompts: Annotated[list[str], "prompts of the sample grids; none: a few captions of the set"] = Field(

@@ -1,12 +1,12 @@
 """One call as the networks see it: prompts read, noise and pictures to begin from, and the steps of every batch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,6 +25,9 @@ from diffusion.samplers import SAMPLERS, Denoise, initial_scale, rotate, seed_no
 from diffusion.schedules import Level, levels, levels_of
 from diffusion.settings import Settings, Shot
 
+if TYPE_CHECKING:
+    from diffusion.models.control import Control
+
 Condition = dict[str, Tensor]
 
 
@@ -34,6 +37,21 @@ class Reached(NamedTuple):
     done: int  # steps, of both descents
     x: Tensor  # (B, C, h, w), at the noise level reached
     denoised: Tensor
+    size: tuple[int, int]  # (width, height) of its pictures, which latents may exceed to the right and below
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One way down from noise to pictures; with ``hires`` there is a second one, from what the first has drawn."""
+
+    grid: Sequence[Level]
+    size: tuple[int, int]  # (width, height) of its pictures
+    purpose: str  # what the noise that is drawn on the way is for
+
+    def sides(self, factor: int) -> tuple[int, int]:
+        """Width and height of what the network draws: multiples of ``factor``, the pixels of a latent cell."""
+        width, height = (-(-side // factor) * factor for side in self.size)
+        return width, height
 
 
 @dataclass(frozen=True)
@@ -69,20 +87,29 @@ class Drawing:
     model: Model
     full: Settings
     words: Words
+    descents: Sequence[Descent]
     board: Canvas | None  # the picture to begin from
-    grids: Sequence[Sequence[Level]]  # the noise levels of each descent: one, and with ``hires`` a second one
-    control: Any  # a ControlNetModel, or None
+    guide: Image.Image | None  # the picture that a ControlNet leads by
+    control: "Control | None"
     lora_folder: Path
 
     @classmethod
-    def plan(cls, model: Model, full: Settings, control: Any, lora_folder: Path) -> "Drawing":
-        """Read everything that a request names. ValueError for what is not there, or does not fit."""
+    def plan(cls, model: Model, full: Settings, control: "Control | None", lora_folder: Path) -> "Drawing":
+        """Read everything that a request names. ValueError for what is not there, or does not fit.
+
+        Weights are not looked at: a model that has none is planned for like any other.
+        """
         words = read_words(model, full)
         text.check_layers(model.text_encoders, full.clip_skip)
-        board = canvas.make_canvas(full, model.factor)
-        grids = _grids(model, full)
         found = cls(
-            model=model, full=full, words=words, board=board, grids=grids, control=control, lora_folder=lora_folder
+            model=model,
+            full=full,
+            words=words,
+            descents=_descents(model, full),
+            board=canvas.make_canvas(full, model.factor),
+            guide=None if full.control_image is None else canvas.read(full.control_image),
+            control=control,
+            lora_folder=lora_folder,
         )
         for shot in full.shots():
             adapters.check(model, found.loras(shot))
@@ -95,10 +122,18 @@ class Drawing:
         tags = self.words.prompts[shot.prompt].loras
         return tuple((find_lora(name, self.lora_folder), strength) for name, strength in tags)
 
-    def lora_facts(self, shot: Shot) -> list[dict[str, Any]]:
-        """Name, weight and hash of everything that is on the model for a picture."""
-        put_on = [*((Path(path), strength) for path, strength in self.model.adapters.items()), *self.loras(shot)]
-        return [{"name": p.stem, "weight": w, "hash": hash_files(weight_files(p))} for p, w in put_on]
+    def facts(self, shot: Shot) -> dict[str, Any]:
+        """Names, weights and hashes of what leads the model, or is on it, for a picture.
+
+        What its prompt puts on the model is told apart, for the prompt will do so again.
+        """
+        put_on = [(Path(path), strength) for path, strength in self.model.adapters.items()]
+        lists = {"loras": put_on, "prompt_loras": self.loras(shot)}
+        found: dict[str, Any] = {
+            name: [{"name": p.stem, "weight": w, "hash": _hash(p)} for p, w in loras] for name, loras in lists.items()
+        }
+        found |= {} if self.control is None else {"control": _named(self.control.path)}
+        return {name: value for name, value in found.items() if value}
 
     def batches(self) -> Iterator[list[Shot]]:
         """Shots that go through the network together: their prompts are as long, and ask for the same LoRAs."""
@@ -111,70 +146,63 @@ class Drawing:
     @torch.inference_mode()
     def steps(self, shots: Sequence[Shot]) -> Iterator[Reached]:
         """Draw a batch. FloatingPointError when the network puts out numbers that are not finite."""
-        networks, done, latents = (self.model.unet, self.model.vae), 0, None
+        networks, done = (self.model.unet, self.model.vae), 0
+        latents: Tensor | None = None
         with adapters.lent(self.model, self.loras(shots[0])), wrapped_edges(networks, self.full.tile):
-            for number, grid in enumerate(self.grids):
-                x, denoise = self._begin(shots, grid, latents)
-                noise = partial(_fresh_noise, shots, "sampler" if number == 0 else "sampler.hires", x)
-                for step in SAMPLERS[str(self.full.sampler)](denoise, x, grid, noise):
+            for descent in self.descents:
+                x, denoise = self._begin(shots, descent, self._boards(descent, latents))
+                noise = partial(_fresh_noise, shots, descent.purpose, x)
+                for step in SAMPLERS[str(self.full.sampler)](denoise, x, descent.grid, noise):
                     done, latents = done + 1, step.x
                     if not torch.isfinite(step.x).all():
                         raise FloatingPointError(
                             f"the network put out numbers that are not finite at step {done}: try --dtype fp32"
                         )
-                    yield Reached(done, step.x, step.denoised)
+                    yield Reached(done, step.x, step.denoised, descent.size)
 
     def pictures(self, latents: Tensor) -> list[Image.Image]:
         """The finished pictures of a batch; only while its last step is held."""
         images = decode(self.model.vae, latents)
-        return images if self.board is None or self.full.hires is not None else [*map(self.board.finish, images)]
+        if self.board is not None and len(self.descents) == 1:
+            return [self.board.finish(image) for image in images]
+        return [canvas.cut(image, self.descents[-1].size) for image in images]
 
     # --- where a descent begins
 
-    def _begin(self, shots: Sequence[Shot], grid: Sequence[Level], before: Tensor | None) -> tuple[Tensor, Denoise]:
-        """x at the first level, and the denoiser that goes down from there."""
-        known, mask = self._known(before)
-        assert self.full.width is not None and self.full.height is not None  # noqa: PT018 - filled() gave them
-        width, height = self.full.width, self.full.height
-        if known is not None:
-            height, width = (side * self.model.factor for side in known.shape[2:])
-        noise = self._first_noise(shots, height, width)
-        denoise = self._denoiser(shots, height, width)
-        if known is None:
-            return noise * initial_scale(grid[0]), denoise
-        x = grid[0].alpha * known + grid[0].sigma * noise
-        return x, denoise if mask is None else keep_known(denoise, known, mask)
+    def _begin(self, shots: Sequence[Shot], descent: Descent, boards: Sequence[Canvas]) -> tuple[Tensor, Denoise]:
+        """x at the first level, and the denoiser that goes down from there; of no boards from noise alone."""
+        start = descent.grid[0]
+        noise, denoise = self._first_noise(shots, descent), self._denoiser(shots, descent)
+        if not boards:
+            return noise * initial_scale(start), denoise
+        known = self._encode([Image.fromarray(board.pixels) for board in boards])
+        x, cells = start.alpha * known + start.sigma * noise, boards[0].cells(self.model.factor)
+        if cells is None:
+            return x, denoise
+        return x, keep_known(denoise, known, torch.from_numpy(cells).to(known)[None, None])
 
-    def _known(self, before: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Latents to begin from, of the canvas or of what was drawn so far, enlarged; and where they are drawn anew."""
-        factor = self.model.factor
-        if before is not None:
-            images = decode(self.model.vae, before)
-            sides = [round(side * (self.full.hires or 1) / factor) * factor for side in images[0].size]
-            large = [image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS) for image in images]
-            return self._encode(large), None
-        if self.board is None:
-            return None, None
-        known, cells = self._encode([Image.fromarray(self.board.pixels)]), self.board.cells(factor)
-        return known, None if cells is None else torch.from_numpy(cells).to(known)[None, None]
+    def _boards(self, descent: Descent, before: Tensor | None) -> list[Canvas]:
+        """The picture to begin from, or what was drawn before, each picture as large as this descent has it."""
+        if before is None:
+            return [] if self.board is None else [self.board]
+        small = [canvas.cut(image, self.descents[0].size) for image in decode(self.model.vae, before)]
+        large = [image.resize(descent.size, Image.Resampling.LANCZOS) for image in small]
+        return [canvas.pad_to(image, self.model.factor) for image in large]
 
     def _encode(self, images: Sequence[Image.Image]) -> Tensor:
         """The mean of the posterior of each picture, ``(B, C, h, w)``, on the scale that the U-Net sees."""
         return torch.cat([to_latents(self.model.vae, to_pixels([image]))[0] for image in images])
 
-    def _first_noise(self, shots: Sequence[Shot], height: int, width: int) -> Tensor:
+    def _first_noise(self, shots: Sequence[Shot], descent: Descent) -> Tensor:
         """The noise of each shot's seed, or on the arc from there to another seed's."""
-        cells = height // self.model.factor, width // self.model.factor
-        shape = (self.model.unet.config.in_channels, *cells)
-        drawn = []
-        for shot in shots:
-            noise = seed_noise(shot.seed, shape)
-            drawn.append(noise if shot.to_seed is None else rotate(noise, seed_noise(shot.to_seed, shape), shot.share))
+        width, height = (side // self.model.factor for side in descent.sides(self.model.factor))
+        shape = (self.model.unet.config.in_channels, height, width)
+        drawn = [_on_the_way(shot, lambda seed: seed_noise(seed, shape)) for shot in shots]
         return torch.stack(drawn).to(self.model.unet.device)
 
     # --- what it goes down by
 
-    def _denoiser(self, shots: Sequence[Shot], height: int, width: int) -> Denoise:
+    def _denoiser(self, shots: Sequence[Shot], descent: Descent) -> Denoise:
         """The network under the prompts, guided away from the negative prompt."""
         full, chunks = self.full, self.words.chunks(shots[0])
         wordings = [shot._replace(seed=0, to_seed=None) for shot in shots]
@@ -182,9 +210,10 @@ class Drawing:
         wanted = _stacked([known[wording] for wording in wordings])
         unwanted = _stacked([self._condition(Shot(full.negative_prompt, 0), chunks)] * len(shots))
         if "pooled" in wanted:  # SDXL is told the size that its picture is to look like, and where it is cut: nowhere
+            width, height = descent.sides(self.model.factor)
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(shots), -1)
             wanted["sizes"] = unwanted["sizes"] = sizes
-        make = partial(network_denoiser, self._network(height, width), self.model.schedule, self.model.prediction)
+        make = partial(network_denoiser, self._network(descent), self.model.schedule, self.model.prediction)
         assert full.guidance_scale is not None, "filled() gave it"
         if full.guidance_scale == 1:
             return make(wanted)
@@ -202,14 +231,16 @@ class Drawing:
         end = encode(self.words.tokens[shot.to_prompt])
         return {name: torch.lerp(start[name], end[name], shot.share) for name in start}
 
-    def _network(self, height: int, width: int) -> Any:
+    def _network(self, descent: Descent) -> Any:
         """The U-Net, or the U-Net as a ControlNet leads it."""
-        if self.control is None or self.full.control_image is None:
+        if self.control is None or self.guide is None:
             return self.model.unet if self.model.compiled is None else self.model.compiled
         from diffusion.models.control import Controlled  # slow to import
 
-        picture = canvas.fit(canvas.read(self.full.control_image), (width, height))
-        return Controlled(self.model.unet, self.control, (to_pixels([picture]) + 1) / 2, self.full.control_scale)
+        board = canvas.pad_to(canvas.fit(self.guide, descent.size), self.model.factor)
+        image, scale = (to_pixels([Image.fromarray(board.pixels)]) + 1) / 2, self.full.control_scale
+        assert scale is not None, "filled() gave it"
+        return Controlled(self.model.unet, self.control.net, image, scale)
 
 
 def preview(model: Model, latents: Tensor, *, exact: bool = False) -> list[Image.Image]:
@@ -221,20 +252,46 @@ def preview(model: Model, latents: Tensor, *, exact: bool = False) -> list[Image
     return previews.draw(latents, model.recipe.latent_rgb, model.factor)
 
 
-def _grids(model: Model, full: Settings) -> list[list[Level]]:
-    strengths = [1.0 if full.strength is None else full.strength] + [full.hires_strength] * (full.hires is not None)
-    if full.sigmas is None:
-        assert full.steps is not None and full.schedule is not None  # noqa: PT018 - filled() gave them
-        return [levels(model.schedule, full.steps, full.schedule, strength) for strength in strengths]
-    if full.hires is not None:
-        raise ValueError("sigmas are the levels of one descent, and hires has two: leave one of them out")
-    return [levels_of(model.schedule, full.sigmas)]
+def _descents(model: Model, full: Settings) -> list[Descent]:
+    assert full.width is not None and full.height is not None and full.steps is not None  # noqa: PT018 - by filled()
+    size, strength = (full.width, full.height), 1.0 if full.strength is None else full.strength
+    if full.sigmas is not None:
+        return [Descent(levels_of(model.schedule, full.sigmas), size, "sampler")]
+    make = partial(levels, model.schedule, full.steps, str(full.schedule))
+    found = [Descent(make(strength), size, "sampler")]
+    if full.hires_strength is None:
+        return found
+    return [*found, Descent(make(full.hires_strength), full.finished, "sampler.hires")]
+
+
+def _on_the_way(shot: Shot, noise: Callable[[int], Tensor]) -> Tensor:
+    """The noise of a shot's seed, or on the arc from there to another seed's."""
+    start = noise(shot.seed)
+    return start if shot.to_seed is None else rotate(start, noise(shot.to_seed), shot.share)
 
 
 def _fresh_noise(shots: Sequence[Shot], purpose: str, like: Tensor, step: int, draw: int) -> Tensor:
-    """What stochastic samplers add: a function of the seed of a picture and the step, whatever the batch."""
-    drawn = [rng.normal(shot.seed, purpose, step, draw, shape=like.shape[1:]) for shot in shots]
-    return torch.stack([torch.from_numpy(values) for values in drawn]).to(like)
+    """What stochastic samplers add: a function of the seeds of a picture and the step, whatever the batch."""
+
+    def noise(seed: int) -> Tensor:
+        return torch.from_numpy(rng.normal(seed, purpose, step, draw, shape=like.shape[1:]))
+
+    return torch.stack([_on_the_way(shot, noise) for shot in shots]).to(like)
+
+
+def _named(path: Path) -> dict[str, str]:
+    return {"name": path.name, "hash": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    """Of the weights of a LoRA or ControlNet: asked for with every picture, and read once."""
+    files = weight_files(path)
+    return _hash_once(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+
+
+@cache
+def _hash_once(files: tuple[Path, ...], changed: tuple[int, ...]) -> str:
+    return hash_files(files)
 
 
 def _stacked(conditions: Sequence[Condition]) -> Condition:

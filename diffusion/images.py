@@ -12,7 +12,7 @@ import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,15 +31,36 @@ STAGED = ".diffusion-"  # what the name of a file that is still being written be
 MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
 SLUG_BYTES = 80
 EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
-ALSO = {  # what is written where it is not the default -> AUTOMATIC1111's name of it
-    "strength": "Denoising strength",
-    "clip_skip": "Clip skip",
-    "variation_seed": "Variation seed",
-    "variation_strength": "Variation seed strength",
-    "mask_blur": "Mask blur",
-    "tile": "Tiling",
-    "guidance_rescale": "CFG Rescale",
-    "hires": "Hires upscale",
+WRITTEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # AUTOMATIC1111's name of a value -> it, None: left out
+    "Steps": lambda made: made.get("steps"),
+    "Sampler": lambda made: _known_as(SAMPLERS, made.get("sampler")),
+    "Schedule type": lambda made: _known_as(SCHEDULES, made.get("schedule")),
+    "CFG scale": lambda made: _short(made.get("guidance_scale")),
+    "Seed": lambda made: made.get("seed"),
+    "Size": lambda made: f"{made['width']}x{made['height']}" if {"width", "height"} <= made.keys() else None,
+    "Model hash": lambda made: made["model_hash"],
+    "Model": lambda made: made["model"],
+    "Denoising strength": lambda made: made.get("hires_strength", made.get("strength")),
+    "Clip skip": lambda made: made.get("clip_skip"),
+    "Variation seed": lambda made: made.get("variation_seed"),
+    "Variation seed strength": lambda made: made.get("variation_strength"),
+    "Mask blur": lambda made: made.get("mask_blur"),
+    "Tiling": lambda made: True if made.get("tile") else None,
+    "CFG Rescale": lambda made: made.get("guidance_rescale"),
+    "CFG interval": lambda made: _joined(made.get("guidance_interval")),
+    "Sigmas": lambda made: _joined(made.get("sigmas")),
+    "Hires upscale": lambda made: made.get("hires"),
+    "To prompt": lambda made: made.get("to_prompt"),
+    "To seed": lambda made: made.get("to_seed"),
+    "Share": lambda made: _short(made.get("share")),
+    "Frames": lambda made: made.get("frames"),
+    "ControlNet 0": lambda made: _control(made),
+    "Script": lambda made: "X/Y/Z plot" if "compare" in made else None,
+    "X Values": lambda made: _axis(made, 0),
+    "Y Values": lambda made: _axis(made, 1),
+    "RNG": lambda made: "CPU",
+    "Lora hashes": lambda made: _lora_hashes(made),
+    "Version": lambda made: f"diffusion {made['version']}",
 }
 # The pattern by which the ecosystem's readers take the last line of ``parameters`` apart.
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -72,7 +93,7 @@ def parse_output(output: str | os.PathLike[str] | None = None) -> Output:
     return Output(text, named=not fields)
 
 
-def check_output(output: Output, count: int, seed: int, slug: str) -> None:
+def check_output(output: Output, count: int, seed: int, slug: str, what: str = "output") -> None:
     """Fail before any work is spent: raises ValueError when ``count`` pictures cannot be written there.
 
     A file is created and removed in the folder, or where the folder would be made: permission bits alone do not tell
@@ -81,20 +102,22 @@ def check_output(output: Output, count: int, seed: int, slug: str) -> None:
     path = render(output, index=1, seed=seed, slug=slug)
     if output.named and count > 1:
         raise ValueError(
-            f"output {path} names one file, but {count} pictures were asked for: "
+            f"{what} {path} names one file, but {count} pictures were asked for: "
             f"give a folder, or a template such as {path.stem}-{{index}}{path.suffix}"
         )
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise ValueError(f"output name {path.name[:40]}... is longer than {MAX_NAME_BYTES} bytes: give a shorter one")
+        raise ValueError(
+            f"the name of {what}, {path.name[:40]}..., is longer than {MAX_NAME_BYTES} bytes: give a shorter one"
+        )
     if path.is_dir():
-        raise ValueError(f"output {path} is a folder: end it in '/' to put pictures into it")
+        raise ValueError(f"{what} {path} is a folder: end it in '/' to put pictures into it")
     try:
         nearest = next(folder for folder in path.parents if folder.exists())
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=STAGED):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"output folder {path.parent} is not writable ({reason}): choose another --output") from None
+        raise ValueError(f"{what}: {path.parent} is not writable ({reason}): choose another place") from None
 
 
 def render(output: Output, *, index: int, seed: int, slug: str) -> Path:
@@ -126,7 +149,7 @@ def save_image(
     path = render(output, index=next_index(output, seed=seed, slug=slug), seed=seed, slug=slug)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _staged(path.parent) as (stream, staged):
-        _encode(image, stream, FORMATS[path.suffix.lower()], texts_of(image) if metadata else {})
+        encode(image, stream, FORMATS[path.suffix.lower()], texts_of(image) if metadata else {})
         _settle(stream)
         if output.named:
             os.replace(staged, path)
@@ -198,27 +221,22 @@ def metadata_texts(made: Mapping[str, Any]) -> dict[str, str]:
     return {"parameters": format_parameters(made), "diffusion": json.dumps(made, ensure_ascii=True, allow_nan=False)}
 
 
+def sheet_texts(images: Sequence[Image.Image], **call: Any) -> dict[str, str]:
+    """The two texts of a sheet: what all of its pictures have in common, and what else is known of their call."""
+    each = [json.loads(image.info["diffusion"]) for image in images if "diffusion" in image.info]
+    if not each:
+        return {}
+    common = {name: value for name, value in each[0].items() if all(name in o and o[name] == value for o in each)}
+    return metadata_texts(common | {name: value for name, value in call.items() if value is not None})
+
+
 def format_parameters(made: Mapping[str, Any]) -> str:
     """The AUTOMATIC1111 text: the prompt, the negative prompt where there is one, and one line of ``Key: value``."""
-    hashes = ", ".join(f"{one['name']}: {one['hash']}" for one in made.get("loras", ()))
-    values = {
-        "Steps": made["steps"],
-        "Sampler": SAMPLERS.get(made["sampler"], made["sampler"]),
-        **({"Schedule type": SCHEDULES.get(made["schedule"], made["schedule"])} if "schedule" in made else {}),
-        "CFG scale": f"{made['guidance_scale']:g}",
-        "Seed": made["seed"],
-        "Size": f"{made['width']}x{made['height']}",
-        "Model hash": made["model_hash"],
-        "Model": made["model"],
-        **{label: made[name] for name, label in ALSO.items() if name in made},
-        **({"Denoising strength": made["hires_strength"]} if "hires" in made else {}),
-        "RNG": "CPU",
-        **({"Lora hashes": hashes} if hashes else {}),
-        "Version": f"diffusion {made['version']}",
-    }
-    negative = [f"Negative prompt: {made['negative_prompt']}"] if made["negative_prompt"] else []
+    values = {label: found for label, value in WRITTEN.items() if (found := value(made)) is not None}
+    negative = [f"Negative prompt: {made['negative_prompt']}"] if made.get("negative_prompt") else []
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in values.items())
-    return "\n".join([made["prompt"], *negative, line])
+    prompts = [made["prompt"]] if "prompt" in made else made.get("prompts", [])
+    return "\n".join([*prompts, *negative, line])
 
 
 def parse_parameters(text: str) -> dict[str, str]:
@@ -237,14 +255,14 @@ def parse_parameters(text: str) -> dict[str, str]:
 def _template_fields(text: str) -> list[str]:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-        unknown = [field for field in fields if field not in FIELDS]
-        if not unknown:
+        strange = [field for field in fields if field not in FIELDS]
+        if not strange:
             text.format(index=1, seed=1, slug="a")  # a wrong format specification shows here
     except ValueError as error:
         raise ValueError(f"output template {text!r}: {error}; write {{{{ for a plain brace") from None
-    if unknown:
+    if strange:
         known = ", ".join(f"{{{field}}}" for field in FIELDS)
-        raise ValueError(f"output template {text!r}: unknown field {{{unknown[0]}}}; the fields are {known}")
+        raise ValueError(f"output template {text!r}: unknown field {{{strange[0]}}}; the fields are {known}")
     return fields
 
 
@@ -283,7 +301,8 @@ def _place(staged: Path, output: Output, seed: int, slug: str) -> Path:
             return path
 
 
-def _encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str]) -> None:
+def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str]) -> None:
+    """Write a picture with its texts, where its format has them."""
     if format == "PNG":
         info = PngInfo()
         for key, text in texts.items():
@@ -307,6 +326,37 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
     if isinstance(description, str):
         texts["diffusion"] = description
     return texts
+
+
+def _known_as(names: Mapping[str, str], name: str | None) -> str | None:
+    return None if name is None else names.get(name, name)
+
+
+def _short(value: float | None) -> str | None:
+    return None if value is None else f"{value:g}"
+
+
+def _joined(values: Sequence[float | None] | None) -> str | None:
+    return None if values is None else ",".join("inf" if value is None else f"{value:g}" for value in values)
+
+
+def _control(made: Mapping[str, Any]) -> str | None:
+    if "control" not in made:
+        return None
+    name, hashed = made["control"]["name"], made["control"]["hash"]
+    return f"Model: {name} [{hashed}], Weight: {made['control_scale']:g}"
+
+
+def _axis(made: Mapping[str, Any], number: int) -> str | None:
+    """A field that is compared, with its values."""
+    axes = [f"{name}={','.join(map(str, values))}" for name, values in made.get("compare", {}).items()]
+    return axes[number] if number < len(axes) else None
+
+
+def _lora_hashes(made: Mapping[str, Any]) -> str | None:
+    """Each LoRA once, though both flags and prompts may have put it on the model."""
+    loras = [*made.get("loras", ()), *made.get("prompt_loras", ())]
+    return ", ".join({f"{one['name']}: {one['hash']}": None for one in loras}) or None
 
 
 def _quote(value: str) -> str:

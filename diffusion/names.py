@@ -50,9 +50,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not one of ``known``: it names the nearest one, and all of them."""
+    """The error for a name that is not one of ``known``: it names all of them, and the nearest one."""
     known = list(known)
-    return ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)} ({kind}s: {', '.join(known)})")
+    return ValueError(f"unknown {kind} {name!r}, must be one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def resolve_sampler(name: str) -> tuple[str, str | None]:

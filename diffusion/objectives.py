@@ -8,7 +8,7 @@ and `loss_weight` says by how much.
 import torch
 from torch import Tensor
 
-from diffusion.schedules import unknown
+from diffusion.names import unknown
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 WEIGHTINGS = ("uniform", "min_snr")

@@ -1,8 +1,8 @@
 """From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion import __version__
-from diffusion.images import metadata_texts
+from diffusion.images import metadata_texts, sheet_texts
 from diffusion.names import resolve_prediction
-from diffusion.places import Limits
+from diffusion.places import Limits, title_of
 from diffusion.samplers import seed_noise
-from diffusion.settings import Settings, Shot, variants
+from diffusion.settings import Settings, Shot, listed, variants
 from diffusion.sheets import make_table
 
 if TYPE_CHECKING:  # the libraries of the networks take seconds to import: not before a model is loaded
     from diffusion.drawing import Drawing
+    from diffusion.models.control import Control
     from diffusion.models.folder import Model
 
 
@@ -32,6 +33,7 @@ class Progress:
     pictures: Sequence[Shot]  # prompt, seed and more of each picture in the batch
     latents: Tensor  # (B, C, h, w), at the noise level reached
     denoised: Tensor  # the estimate of the clean latents made on the way
+    size: tuple[int, int]  # width and height of the pictures so far, which latents may exceed to the right and below
     images: list[Image.Image] | None  # at the last step of a batch, its pictures
     _of: "TextToImage"
 
@@ -42,9 +44,10 @@ class Progress:
 
     def preview(self, *, exact: bool = False) -> list[Image.Image]:
         """What the pictures look like so far: a linear function of the estimated latents, or the estimate decoded."""
+        from diffusion.canvas import cut
         from diffusion.drawing import preview
 
-        return preview(self._of.model, self.denoised, exact=exact)
+        return [cut(image, self.size) for image in preview(self._of.model, self.denoised, exact=exact)]
 
 
 @dataclass
@@ -55,8 +58,9 @@ class TextToImage:
     """
 
     model: "Model"
-    control: Any = None  # a ControlNetModel
+    control: "Control | None" = None
     lora_folder: Path = field(default_factory=lambda: Path("loras"))  # where <lora:name> looks
+    prediction: str | None = None  # what its network puts out, where that was said
 
     @classmethod
     def load(
@@ -67,33 +71,38 @@ class TextToImage:
         loras: Mapping[str, float] | None = None,
         *,
         control: str | Path | None = None,
-        lora_folder: str | Path = "loras",
+        lora_folder: str | Path | None = None,
         prediction: str | None = None,
         compile: bool = False,
         offline: bool = False,
+        weights: bool = True,
     ) -> "TextToImage":
         """Load a model: a folder, the name of a shipped one, one ``.safetensors`` file, or a Hub id.
 
         A Hub id is looked for in the local cache first, and with ``offline`` nowhere else. ``loras`` are put on the
-        model, each so strongly; ``control`` is a ControlNet's folder; ``prediction`` is for a file that does not say
-        what its network puts out; ``compile`` compiles the U-Net, which pays after minutes of drawing. ``device`` None
-        or "auto" takes the fastest one present, ``dtype`` None what that is fast at. Raises ValueError for what is no
-        model, for a LoRA or ControlNet that does not fit it, and for a device or dtype this machine lacks.
+        model, each so strongly; ``lora_folder`` (``loras``) is where ``<lora:name>`` looks; ``control`` is a
+        ControlNet's folder; ``prediction`` is for a model that does not say what its network puts out; ``compile``
+        compiles the U-Net, which pays after minutes of drawing. ``device`` None or "auto" takes the fastest one
+        present, ``dtype`` None what that is fast at. Without ``weights`` it draws nothing, but in a moment it makes
+        the ``plan`` of a request, and refuses what drawing would. Raises ValueError for what is no model, for a LoRA
+        or ControlNet that does not fit it, and for a device or dtype this machine lacks.
         """
-        from diffusion import loading
+        from diffusion import interop, loading
         from diffusion.models import adapters
 
-        prediction = resolve_prediction(prediction)
+        prediction, folder = resolve_prediction(prediction), _lora_folder(lora_folder)
         where = loading.choose_device(device)
         found = loading.locate(path, offline=offline)
-        kind = loading.choose_dtype(dtype, where, loading.count_weights(found))
-        model = loading.read_model(found, where, kind, prediction)
+        kind = loading.choose_dtype(_name_of(dtype), where, loading.count_weights(found) if weights else 0)
+        read = partial(loading.read_model, device=where, dtype=kind) if weights else interop.outline_model
+        model = read(found, prediction=prediction)
         for lora, strength in (loras or {}).items():
             adapters.apply(model, lora, strength)
-        if compile:
+        if compile and weights:
             loading.compile_network(model)
-        net = None if control is None else loading.read_control(control, model, where, kind)
-        return cls(model, net, Path(lora_folder))
+        elif compile:
+            model.compiled = model.unet
+        return cls(model, _read_control(control, model, where, kind, weights), folder, prediction)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
         """Draw. Takes the fields of ``Settings`` as keywords; each one left out is the model's own default.
@@ -112,27 +121,36 @@ class TextToImage:
 
     def run(self, wanted: Settings) -> Iterator[Progress]:
         """The steps of a checked request."""
-        from diffusion.drawing import Drawing
-
-        full = self.resolved(wanted)
-        drawing = Drawing.plan(self.model, full, self.control, self.lora_folder)
+        if self.model.unet.device.type == "meta":
+            raise ValueError("this model was loaded without its weights: it plans, and draws nothing")
+        drawing = self.plan(wanted)
         return (step for shots in drawing.batches() for step in self._batch(drawing, shots))
 
-    def compare(self, prompt: str, axes: Mapping[str, Sequence[Any]], **settings: Any) -> Image.Image:
+    def plan(self, wanted: Settings) -> "Drawing":
+        """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
+        from diffusion.drawing import Drawing
+
+        return Drawing.plan(self.model, self.resolved(wanted), self.control, self.lora_folder)
+
+    def compare(self, prompt: str, axes: Mapping[str, Iterable[Any]], **settings: Any) -> Image.Image:
         """One labelled sheet of the same picture under each combination of the values of one or two fields.
 
         ``axes={"steps": [10, 20, 50], "guidance_scale": [3, 5]}``: the first field goes across, the second one down.
         """
+        axes = {name: listed(name, values) for name, values in axes.items()}
         wanted, columns, rows = variants(Settings(prompts=(prompt,), **settings), axes)
-        images = [step.images[0] for one in wanted for step in self.run(one) if step.images is not None]
-        return make_table(images, columns, rows)
+        runs = [self.run(one) for one in wanted]  # all of them are checked before the first is drawn
+        images = [step.images[0] for run in runs for step in run if step.images is not None]
+        sheet = make_table(images, columns, rows)
+        sheet.info.update(sheet_texts(images, compare=axes))
+        return sheet
 
     def resolved(self, wanted: Settings) -> Settings:
         """The request with every default answered by this model, and checked against it."""
         full = wanted.filled(self.model.recipe)
         full.check(Limits(self.model.factor, self.model.schedule.num_timesteps))
         if self.control is None and full.control_image is not None:
-            raise ValueError("control_image needs a ControlNet: load one with control")
+            raise ValueError("control_image needs a ControlNet: give control, its folder")
         if self.control is not None and full.control_image is None:
             raise ValueError("the ControlNet needs a picture to lead by: give control_image")
         return full
@@ -166,6 +184,7 @@ class TextToImage:
                 pictures=shots,
                 latents=reached.x,
                 denoised=reached.denoised,
+                size=reached.size,
                 images=self._finished(drawing, shots, reached.x) if reached.done == total else None,
                 _of=self,
             )
@@ -178,14 +197,37 @@ class TextToImage:
 
     def _made(self, drawing: "Drawing", shot: Shot) -> dict[str, Any]:
         """Everything needed to make the same picture again."""
-        loras = drawing.lora_facts(shot)
         return {
             **drawing.full.record(shot),
-            "model": self.model.path.name if self.model.path else "unsaved",
+            "model": title_of(self.model.path) if self.model.path else "unsaved",
             "model_hash": self.model_hash,
-            **({"loras": loras} if loras else {}),
+            **({} if self.prediction is None else {"prediction": self.prediction}),
+            **drawing.facts(shot),
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "device": self.model.unet.device.type,
             "version": __version__,
             "torch": torch.__version__,
         }
+
+
+def _lora_folder(given: str | Path | None) -> Path:
+    """Where ``<lora:name>`` looks. ValueError for a folder that was named and is not there."""
+    if given is not None and not Path(given).is_dir():
+        raise ValueError(f"{given} is no folder of LoRAs: there is no such folder")
+    return Path("loras") if given is None else Path(given)
+
+
+def _name_of(dtype: str | torch.dtype | None) -> str | None:
+    """torch's own dtypes are held to what their names are."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _read_control(
+    path: str | Path | None, model: "Model", device: torch.device, dtype: torch.dtype, weights: bool
+) -> "Control | None":
+    """A ControlNet that belongs to the model. ValueError if it does not."""
+    if path is None:
+        return None
+    from diffusion.models.control import load_control, outline_control  # slow to import
+
+    return load_control(path, model, device, dtype) if weights else outline_control(path, model)

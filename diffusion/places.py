@@ -23,9 +23,6 @@ class Limits(NamedTuple):
     steps: int
 
 
-STABLE_DIFFUSION = Limits(side=8, steps=1000)  # what a single file holds, as far as its name can tell
-
-
 def find_model(name: str | Path) -> Path:
     """The folder of a model: a path, or the name of one that ships with the project; or the one file of a checkpoint.
 
@@ -54,6 +51,14 @@ def find_model(name: str | Path) -> Path:
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name that is nowhere on disk has the form of a model on the Hugging Face Hub, ``owner/name``."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
+
+
+def title_of(path: Path) -> str:
+    """What a model is called: by its Hub id, a file without its ending, a folder by its name."""
+    repository = re.fullmatch(r"models--(.+?)--(.+)", path.parent.parent.name)
+    if path.parent.name == "snapshots" and repository:
+        return f"{repository[1]}/{repository[2]}"
+    return path.stem if path.suffix.lower() == SINGLE_FILE else path.name
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -109,10 +114,8 @@ def word_file(word: str) -> tuple[str, str]:
 
 
 def read_limits(path: Path) -> Limits:
-    """The limits of a model folder, from its JSON files alone; those of Stable Diffusion for a single file."""
+    """The limits of a model folder, from its JSON files alone; those of a single file are in its header."""
     folder = base_of(path) or path
-    if folder.is_file():
-        return STABLE_DIFFUSION
     vae, scheduler = (
         _read_json(folder / "vae" / "config.json"),
         _read_json(folder / "scheduler" / "scheduler_config.json"),

@@ -15,6 +15,7 @@ from diffusion.names import unknown
 
 STRESS = {"(": 1.1, "[": 1 / 1.1}  # what a pair of brackets without a number multiplies by
 OPENED = {")": "(", "]": "["}
+MOST = 100.0  # what a weight may be; beyond a few, pictures fall apart
 DEEPEST = 16  # choices within choices, and wildcards within wildcards
 
 SYNTAX = re.compile(
@@ -163,8 +164,8 @@ def _parts(pieces: Sequence[_Piece]) -> tuple[tuple[Span, ...], ...]:
         if text is None:
             parts.append([])
             continue
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight {weight} of {text!r} is no finite number: its brackets multiply")
+        if not abs(weight) <= MOST:
+            raise ValueError(f"the weight {weight:g} of {text!r} is beyond {MOST:g}: its brackets multiply")
         joins = parts[-1] and parts[-1][-1].weight == weight
         before = parts[-1].pop().text if joins else ""
         parts[-1].append(Span(before + text, weight))

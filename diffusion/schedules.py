@@ -7,7 +7,6 @@ preserving (alpha^2 + sigma^2 = 1), variance exploding (alpha = 1), flow (alpha 
 Everything here is float64: levels are computed once and on the CPU, so exactness costs nothing.
 """
 
-import difflib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -17,6 +16,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion.names import unknown
 
 # Where karras and exponential start when the schedule itself starts at an infinite sigma / alpha: at its last finite
 # level, and never above this bound. 4096 is what diffusers puts in place of infinity (alpha^2 = 2^-24).
@@ -269,13 +270,6 @@ def beta_quantile(p: Tensor, a: float) -> Tensor:
         below = mass(middle) < wanted
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return torch.where(p > 0.5, 1 - low, low)
-
-
-def unknown(kind: str, name: str, allowed: Iterable[str]) -> ValueError:
-    """The error for a name that is not one of `allowed`, with the nearest one of them where there is one."""
-    near = difflib.get_close_matches(name, allowed := list(allowed), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {kind} {name!r}, must be one of {', '.join(allowed)}{hint}")
 
 
 def _are_betas(betas: Tensor) -> bool:

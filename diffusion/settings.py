@@ -6,20 +6,16 @@ Nothing slow is imported, so that a wrong request is answered before any library
 import hashlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Union
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Protocol
 
 from diffusion.names import resolve_sampler, resolve_schedule, unknown
 from diffusion.places import Limits
+from diffusion.values import Source, as_image, interval, name_of, number, picture, sides, sigmas, text, whole
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from PIL import Image
-
-Source = Union[str, "Path", "Image.Image"]  # a picture, or where one is
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
 TILES = ("", "x", "y", "xy")
 COMPARED = {  # how people write the fields that can be compared -> the field
@@ -35,6 +31,56 @@ COMPARED = {  # how people write the fields that can be compared -> the field
 }
 PICTURES = ("init_image", "mask", "control_image")
 
+# --- the rules of the fields, each one a line
+
+WHOLE = {  # field -> (least, most)
+    **dict.fromkeys(("steps", "width", "height", "num_images", "batch_size", "clip_skip"), (1, math.inf)),
+    **dict.fromkeys(("seed", "variation_seed", "to_seed"), (0, MAX_SEED)),
+    "frames": (2, math.inf),
+}
+NUMBERS = {  # field -> (least, most)
+    **dict.fromkeys(("guidance_scale", "control_scale", "mask_blur"), (0, math.inf)),
+    **dict.fromkeys(("guidance_rescale", "variation_strength", "share", "strength", "hires_strength"), (0, 1)),
+    "hires": (1, 8),
+}
+BEGIN, AWAY = "a picture to begin from", "somewhere to go"
+NEEDS = (  # field, one of these must be given as well, what that is
+    ("strength", ("init_image",), BEGIN),
+    ("mask", ("init_image",), BEGIN),
+    ("extend", ("init_image",), BEGIN),
+    ("mask_blur", ("mask", "extend"), "an edge to fade"),
+    ("control_scale", ("control_image",), "a picture to lead by"),
+    ("hires_strength", ("hires",), "a larger picture to draw"),
+    ("variation_seed", ("variation_strength",), "how far to go"),
+    ("variation_strength", ("variation_seed",), AWAY),
+    ("to_prompt", ("frames", "share"), "how many pictures on the way"),
+    ("to_seed", ("frames", "share"), "how many pictures on the way"),
+    ("frames", ("to_prompt", "to_seed"), AWAY),
+    ("share", ("to_prompt", "to_seed"), AWAY),
+)
+EXCLUDES = (  # two fields of which one makes no sense beside the other, and why
+    ("frames", "share", "many pictures on the way, or one"),
+    *(
+        (to, other, "there is one way to go")
+        for to in ("to_prompt", "to_seed")
+        for other in ("num_images", "variation_seed")
+    ),
+    ("hires", "mask", "hires draws the whole picture again, larger"),
+    ("hires", "extend", "hires draws the whole picture again, larger"),
+    ("hires", "sigmas", "sigmas are the levels of one descent, and hires has two"),
+    ("strength", "sigmas", "the first of the sigmas says how much is drawn anew"),
+)
+GUIDED = ("negative_prompt", "guidance_rescale", "guidance_interval")  # what a guidance of 1 has no use for
+PLAIN = {  # what makes a value plain, or refuses it -> of which fields
+    text: ("negative_prompt", "to_prompt"),
+    name_of: ("sampler", "schedule", "tile"),
+    picture: PICTURES,
+    sides: ("extend",),
+    interval: ("guidance_interval",),
+    sigmas: ("sigmas",),
+}
+ANSWERS = {"mask_blur": 4.0, "control_scale": 1.0, "hires_strength": 0.5}  # where they are needed and not given
+
 
 class Defaults(Protocol):
     """What a model's recipe answers where the call says nothing."""
@@ -45,6 +91,10 @@ class Defaults(Protocol):
     guidance_scale: float
     sampler: str
     schedule: str
+
+    @property
+    def guidance_interval(self) -> Sequence[float | None] | None:
+        """Where that scale guides."""
 
 
 class Shot(NamedTuple):
@@ -98,82 +148,87 @@ class Settings:
     init_image: Source | None = None
     strength: float | None = None  # how much of it is drawn anew; the steps stay as many as were asked for
     mask: Source | None = None  # white is drawn anew, black stays to the last bit
-    mask_blur: float = 4.0  # pixels over which the edge fades, inside of what is drawn anew
+    mask_blur: float | None = None  # pixels over which the edge fades, inside of what is drawn anew
     extend: tuple[int, int, int, int] | None = None  # pixels to add: left, top, right, bottom
     control_image: Source | None = None
-    control_scale: float = 1.0
+    control_scale: float | None = None
     hires: float | None = None  # drawn again, so many times as large
-    hires_strength: float = 0.5
+    hires_strength: float | None = None
 
     def __post_init__(self) -> None:
+        given: Any = self.prompts
+        if isinstance(given, str):
+            raise ValueError(f"prompts are several texts: give ({given!r},)")
         if not self.prompts:
             raise ValueError('no prompt: say what to draw, for instance "a red apple"')
-        for text in (*self.prompts, self.negative_prompt, *([] if self.to_prompt is None else [self.to_prompt])):
-            _check_text(text)
-        for name in ("steps", "width", "height", "num_images", "batch_size", "clip_skip"):
-            _check_whole(name, getattr(self, name), 1)
-        for name in ("seed", "variation_seed", "to_seed"):
-            _check_whole(name, getattr(self, name), 0)
-        _check_whole("frames", self.frames, 2)
-        _check_number("guidance_scale", self.guidance_scale, 0, note=": 1 turns guidance off")
-        _check_number("control_scale", self.control_scale, 0)
-        _check_number("mask_blur", self.mask_blur, 0)
-        for name in ("guidance_rescale", "variation_strength", "share", "strength", "hires_strength"):
-            _check_number(name, getattr(self, name), 0, 1)
+        self._make_plain()
         self._check_names()
-        self._check_noise()
-        self._check_pictures()
+        for name, needed, what in NEEDS:
+            if self.gives(name) and not any(map(self.gives, needed)):
+                raise ValueError(f"{name} needs {what}: give {' or '.join(needed)}")
+        for one, other, why in EXCLUDES:
+            if self.gives(one) and self.gives(other):
+                raise ValueError(f"{one} and {other} exclude each other: {why}")
+        self._check_values()
+
+    def gives(self, name: str) -> bool:
+        """Whether a field says something: it is not what it is when it is left out."""
+        value, default = getattr(self, name), _DEFAULTS[name]
+        return value is not default and (type(value) is not type(default) or value != default)
+
+    def _make_plain(self) -> None:
+        """Numbers of any library as Python's own, pixels as pictures. ValueError for what is neither."""
+        self._set("prompts", tuple(text("a prompt", prompt) for prompt in self.prompts))
+        for name, limits in WHOLE.items():
+            self._change(name, partial(whole, least=limits[0], most=limits[1]))
+        for name, limits in NUMBERS.items():
+            self._change(name, partial(number, least=limits[0], most=limits[1]))
+        for name in ("literal", "long_prompts"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for change, names in PLAIN.items():
+            for name in names:
+                self._change(name, change)
+
+    def _change(self, name: str, change: Callable[[str, Any], Any]) -> None:
+        value = getattr(self, name)
+        if value is not None or _DEFAULTS[name] is not None:
+            self._set(name, change(name, value))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_names(self) -> None:
+        """Names as this toolkit writes them, and the schedule that a sampler's name or sigmas stand for."""
+        if self.tile not in TILES:
+            raise ValueError(f"tile {self.tile!r} is none of x, y and xy")
         schedule = None if self.schedule is None else resolve_schedule(self.schedule)
         if self.sampler is not None:
             sampler, implied = resolve_sampler(self.sampler)
-            object.__setattr__(self, "sampler", sampler)
+            if implied is not None and schedule not in (None, implied):
+                raise ValueError(f"sampler {self.sampler!r} asks for {implied}, and schedule for {schedule}: give one")
+            self._set("sampler", sampler)
             schedule = implied if schedule is None else schedule
-        object.__setattr__(self, "schedule", schedule)
-        if self.tile not in TILES:
-            raise ValueError(f"tile {self.tile!r} is none of x, y and xy")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low < (math.inf if high is None else high) or high == math.inf:
-                raise ValueError(f"guidance_interval {low:g},{high} must be two sigma / alpha, low, high; None: no end")
+        self._set("schedule", schedule)
         if self.sigmas is not None:
-            object.__setattr__(self, "sigmas", _check_sigmas(self.sigmas))
             if self.steps not in (None, len(self.sigmas)) or self.schedule is not None:
                 raise ValueError("sigmas say the steps and the schedule: leave those out")
-            object.__setattr__(self, "steps", len(self.sigmas))
+            self._set("steps", len(self.sigmas))
 
-    def _check_noise(self) -> None:
-        for name, seed in (("seed", self.seed), ("variation_seed", self.variation_seed)):
+    def _check_values(self) -> None:
+        """What depends on values, and not only on which fields are given."""
+        for name in ("seed", "variation_seed"):
+            seed = getattr(self, name)
             if seed is not None and seed + self.num_images - 1 > MAX_SEED:
                 raise ValueError(f"{name} {seed} is too large: picture k has it + k, which must not pass {MAX_SEED}")
-        if (self.variation_seed is None) != (self.variation_strength is None):
-            raise ValueError("variation_seed and variation_strength belong together: give both")
-        moving = self.to_prompt is not None or self.to_seed is not None
-        if moving == (self.frames is None and self.share is None):
-            raise ValueError(
-                "to_prompt and to_seed say where the pictures go: give frames as well"
-                if moving
-                else "frames are pictures on the way: say where to, by to_prompt or to_seed"
-            )
-        if self.frames is not None and self.share is not None:
-            raise ValueError("frames and share exclude each other: many pictures on the way, or one")
-        if moving and (self.num_images > 1 or self.variation_seed is not None):
-            raise ValueError("to_prompt and to_seed exclude num_images and variations")
-
-    def _check_pictures(self) -> None:
-        if self.init_image is None:
-            for name in ("strength", "mask", "extend"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs a picture to begin from: give init_image")
-        if self.strength == 0:
-            raise ValueError("strength 0 would change nothing: give more, up to 1")
-        for pixels in self.extend or ():
-            _check_whole("extend", pixels, 0)
-        if self.hires is not None:
-            _check_number("hires", self.hires, 1, 8)
-            if self.mask is not None or self.extend is not None or self.hires == 1 or self.hires_strength == 0:
-                raise ValueError("hires draws the whole picture again, larger: above 1, and without mask or extend")
+        for name in ("strength", "hires_strength"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} 0 would change nothing: give more, up to 1")
+        if self.hires == 1:
+            raise ValueError("hires 1 would be no larger: give a number above 1")
+        for name in GUIDED if self.guidance_scale == 1 else ():
+            if self.gives(name):
+                raise ValueError(f"guidance_scale 1 turns guidance off, and {name} has no effect then: leave one out")
 
     def seeded(self) -> "Settings":
         """The same request with a seed: a random one where none was given."""
@@ -187,17 +242,29 @@ class Settings:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         from_picture = {} if self.init_image is None else dict(zip(("width", "height"), self._sides(), strict=True))
         answers = {name: getattr(recipe, name) for name in names} | given | from_picture
+        where = self.guidance_interval
+        if where is None and self.guidance_scale is None and recipe.guidance_interval is not None:
+            where = interval("guidance_interval", recipe.guidance_interval)
         pixels = answers["width"] * answers["height"] * (1 if self.hires is None else self.hires) ** 2
         batch = max(1, min(16, int(4 * 512 * 512 / pixels)))
-        whole = self.mask is not None or self.extend is not None
-        strength = (1.0 if whole else 0.75) if self.init_image is not None and self.strength is None else self.strength
         return replace(
             self,
-            **answers,
+            **answers | self._needed(),
+            guidance_interval=where,
             seed=self.seeded().seed,
-            strength=strength,
             batch_size=min(self.count, batch) if self.batch_size is None else self.batch_size,
         )
+
+    def _needed(self) -> dict[str, float]:
+        """What other fields need and nobody has given."""
+        strength = 1.0 if self.mask is not None or self.extend is not None else 0.75
+        needs = {name: needed for name, needed, _ in NEEDS}
+        answers = ANSWERS | ({} if self.sigmas is not None else {"strength": strength})
+        return {
+            name: value
+            for name, value in answers.items()
+            if getattr(self, name) is None and any(map(self.gives, needs[name]))
+        }
 
     def _sides(self) -> tuple[int, int]:
         """Width and height of what is drawn from a picture: its own and what is added; one follows from the other."""
@@ -218,6 +285,13 @@ class Settings:
     def count(self) -> int:
         """Pictures in this call."""
         return len(self.prompts) * (self.num_images if self.frames is None else self.frames)
+
+    @property
+    def finished(self) -> tuple[int, int]:
+        """Width and height of a finished picture; both must be known."""
+        assert self.width is not None and self.height is not None  # noqa: PT018 - filled() gives them
+        times = 1 if self.hires is None else self.hires
+        return round(self.width * times), round(self.height * times)
 
     @property
     def total_steps(self) -> int:
@@ -242,18 +316,31 @@ class Settings:
 
     def check(self, limits: Limits) -> None:
         """Raises ValueError where the request does not fit the model."""
-        for name, value in (("width", self.width), ("height", self.height)):
-            if value is not None and value % limits.side and self.init_image is None:
-                near = max(limits.side, round(value / limits.side) * limits.side)
-                raise ValueError(f"{name} {value} is not a multiple of {limits.side}: try {near}")
+        self._check_sides(limits.side)
         if self.steps is not None and self.steps > limits.steps:
             raise ValueError(f"steps {self.steps} is more than this model's {limits.steps} noise levels: ask for fewer")
-        for name, part in (("strength", self.strength), ("hires_strength", self.hires and self.hires_strength)):
-            if self.steps is not None and part and self.steps / part > limits.steps:
+        for name in ("strength", "hires_strength"):
+            part = getattr(self, name)
+            if self.steps is not None and part is not None and self.steps / part > limits.steps:
                 raise ValueError(
                     f"{self.steps} steps at {name} {part:g} are the last of {self.steps / part:.0f}, more than this "
                     f"model's {limits.steps} noise levels: ask for fewer steps, or for more {name}"
                 )
+
+    def _check_sides(self, side: int) -> None:
+        """A picture is padded to what the model draws in; noise alone, and a tile, must have such sides."""
+        for name, axis in (("width", "x"), ("height", "y")):
+            value = getattr(self, name)
+            if value is None or (self.init_image is not None and axis not in self.tile):
+                continue
+            times = self.hires if self.hires is not None and axis in self.tile else 1
+            for pixels in (value, round(value * times)):
+                if pixels % side:
+                    near = max(side, round(pixels / side) * side)
+                    said = f"{name} {pixels} is not a multiple of {side}"
+                    raise ValueError(
+                        f"{said}, as a tile has to be: try {near}" if axis in self.tile else f"{said}: try {near}"
+                    )
 
     def record(self, shot: Shot) -> dict[str, Any]:
         """The settings that make one picture of the call again, as plain values; pictures by name and SHA-256."""
@@ -264,8 +351,6 @@ class Settings:
             value = getattr(self, item.name)
             if item.name not in {*always, *alone} and value != item.default:
                 kept[item.name] = facts_of(value) if item.name in PICTURES else value
-        if self.hires is not None:
-            kept["hires_strength"] = self.hires_strength
         if self.variation_seed is not None:
             kept["variation_seed"] = shot.to_seed
         elif shot.to_prompt is not None or shot.to_seed is not None:
@@ -273,30 +358,47 @@ class Settings:
         return {"prompt": shot.prompt, "seed": shot.seed, **kept}
 
 
-def variants(base: Settings, axes: Mapping[str, Sequence[Any]]) -> tuple[list[Settings], list[str], list[str]]:
+def variants(base: Settings, axes: Mapping[str, Iterable[Any]]) -> tuple[list[Settings], list[str], list[str]]:
     """One request for each combination of the values of one or two fields, row by row; labels of columns and of rows.
 
     The first field goes across, the second one down; all have the seed of ``base``, so that they compare. ValueError
     for a field that is none, and for one that says how many pictures there are.
     """
+    values = [listed(name, given) for name, given in axes.items()]
     names = [COMPARED.get(name.replace("-", "_"), name.replace("-", "_")) for name in axes]
     for written, name in zip(axes, names, strict=True):
         if name not in COMPARED.values():
             raise unknown("field to compare", written, dict.fromkeys(COMPARED.values()))
-    if len(set(names)) != len(axes) or not 1 <= len(axes) <= 2 or not all(axes.values()):
+        if name != "seed" and base.gives(name):
+            raise ValueError(f"{name} is compared: leave {getattr(base, name)!r} out")
+    if len(set(names)) != len(axes) or not 1 <= len(axes) <= 2:
         raise ValueError("compare one or two different fields, each with its values: steps=10,20 cfg=3,5")
     if base.count != 1:
         raise ValueError("compare draws one picture of each kind: give one prompt, and neither num_images nor frames")
-    across, down = [*axes.values(), [None]][:2]
+    across, down = [*values, [None]][:2]
     made = [
         replace(base.seeded(), **dict(zip(names, pair, strict=False)))
         for pair in ((one, other) for other in down for one in across)
     ]
-    labels = [
-        [f"{written} {value:g}" if isinstance(value, float) else f"{written} {value}" for value in values]
-        for written, values in axes.items()
-    ]
+    labels = [[f"{name} {label(value)}" for value in given] for name, given in zip(axes, values, strict=True)]
     return made, labels[0], labels[1] if len(labels) > 1 else []
+
+
+def listed(name: str, given: Iterable[Any]) -> list[Any]:
+    """Those of one field to compare: at least one."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} is compared over several values: give a list, not {given!r}")
+    found = [value.item() if hasattr(value, "item") else value for value in given]  # of arrays Python's own
+    if not found:
+        raise ValueError(f"{name} is compared over no value: give at least one")
+    return found
+
+
+def label(value: Any) -> str:
+    """A value as a label shows it."""
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return f"{float(value):g}"
+    return '""' if value == "" else str(value)
 
 
 def sides_of(source: Source) -> tuple[int, int]:
@@ -305,7 +407,7 @@ def sides_of(source: Source) -> tuple[int, int]:
 
     from diffusion.pixels import oriented_size, read_size
 
-    return read_size(Path(source)) if isinstance(source, str | Path) else oriented_size(source)
+    return read_size(Path(source)) if isinstance(source, str | Path) else oriented_size(as_image(source))
 
 
 def facts_of(source: Source) -> dict[str, str]:
@@ -314,40 +416,7 @@ def facts_of(source: Source) -> dict[str, str]:
 
     if isinstance(source, str | Path):
         return {"name": Path(source).name, "sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest()}
-    return {"name": "", "sha256": hashlib.sha256(source.convert("RGBA").tobytes()).hexdigest()}
+    return {"name": "", "sha256": hashlib.sha256(as_image(source).convert("RGBA").tobytes()).hexdigest()}
 
 
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"a prompt must be text, got {text!r}")
-    if any("\ud800" <= char <= "\udfff" for char in text):  # what bytes that are no UTF-8 turn into on their way here
-        raise ValueError(f"the prompt {text!r} is not valid text: give it as UTF-8")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_number(name: str, value: Any, least: float, most: float = math.inf, note: str = "") -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}{note}")
-    if not least <= value <= most:
-        limits = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
-        raise ValueError(f"{name} must be {limits}, got {value!r}{note}")
-
-
-def _check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Those of the steps: a 0 at the end, where clean data is, goes without saying."""
-    for value in sigmas:
-        _check_number("sigmas", value, 0)
-    kept = tuple(float(value) for value in sigmas[: -1 if len(sigmas) > 1 and sigmas[-1] == 0 else None])
-    if not kept or kept[-1] <= 0 or any(high <= low for high, low in pairwise(kept)):
-        raise ValueError(f"sigmas must be numbers that fall, above 0 but for the last, got {list(sigmas)}")
-    return kept
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Settings)}

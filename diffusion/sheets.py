@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion.images import atomic
+from diffusion.images import FORMATS, atomic, encode, texts_of
 
 PAPER, INK = "white", "black"
 
@@ -46,20 +46,26 @@ def make_table(images: Sequence[Image.Image], columns: Sequence[str], rows: Sequ
 
 
 def save_sheet(image: Image.Image, path: str | Path) -> Path:
-    """Write a picture that was named; whole or not at all."""
+    """Write a picture that was named, with the texts of its ``info``; whole or not at all."""
     path = Path(path)
     with atomic(path) as stream:
-        image.save(stream, {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
+        encode(image, stream, FORMATS.get(path.suffix.lower(), "PNG"), texts_of(image))
     return path
 
 
 def save_film(frames: Sequence[Image.Image], path: str | Path, seconds: float = 2.0) -> Path:
-    """Frames as an animation (.gif, .webp) of so many seconds, its last frame held; else as one strip of eight."""
-    path = Path(path)
+    """Frames as an animation (.gif, .webp) of so many seconds, its last frame held; else as one strip of eight.
+
+    All of them are shown in the size of the last one, whose texts the strip carries.
+    """
+    path, size = Path(path), frames[-1].size
+    frames = [frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
     if path.suffix.lower() not in (".gif", ".webp"):
         last = len(frames) - 1
         some = sorted({round(k * last / 7) for k in range(8)}) if last > 7 else range(len(frames))
-        return save_sheet(make_grid([frames[k] for k in some], columns=len(some)), path)
+        strip = make_grid([frames[k] for k in some], columns=len(some))
+        strip.info.update(texts_of(frames[-1]))
+        return save_sheet(strip, path)
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + 1000]
     with atomic(path) as stream:

@@ -21,11 +21,12 @@ from diffusion.models.text import train_tokenizer
 
 CAPTIONS = [f"{a} {b}" for a in ("red", "green", "blue", "a photo of") for b in ("apple", "boat", "cat", "house")]
 FAMILIES = ("sd1", "sd2", "sdxl")
+KINDS = (*FAMILIES, "sd2-epsilon")  # and the base of 2.x, which predicts the noise
 
 
 def save(family, folder, second_width=32, vae_blocks=2):
     """A stock pipeline with random weights: 16x16 latents, of two blocks 32x32 pixels, of four 128x128."""
-    torch.manual_seed(FAMILIES.index(family))
+    torch.manual_seed(KINDS.index(family))
     xl = family == "sdxl"
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, max_length=24)
     text = {
@@ -136,7 +137,7 @@ def parity(folder, sampler, steps=20):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        for family in FAMILIES:
+        for family in KINDS:
             folder = save(family, Path(scratch) / family)
             figures = {sampler: parity(folder, sampler) for sampler in ("ddim", "dpmpp_2m")}
-            print(f"{family:<6}" + "".join(f"  {sampler} {decibels:6.1f} dB" for sampler, decibels in figures.items()))
+            print(f"{family:<12}" + "".join(f"  {sampler} {decibels:6.1f} dB" for sampler, decibels in figures.items()))

@@ -10,15 +10,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusion import TextToImage, drawing, samplers
-from diffusion.canvas import make_canvas, soften
+from diffusion.canvas import Canvas, make_canvas, soften
 from diffusion.images import parse_parameters, read_metadata
 from diffusion.models import previews
 from diffusion.models.folder import load_model
 from diffusion.models.networks import to_latents, to_pixels
 from diffusion.schedules import levels
 from diffusion.settings import Settings
-from families import draw as stock_draw
-from families import psnr, save, stock
+from families import KINDS, parity, psnr, save, stock
 from test_generate_cli import Command, draw, made  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
@@ -119,6 +118,69 @@ def test_a_soft_edge_fades_inwards_only():
     assert np.array_equal(np.asarray(soften(mask, 0)), np.asarray(mask))
 
 
+@pytest.mark.parametrize("grey", [64, 128, 255])
+def test_grey_keeps_its_meaning_under_a_soft_edge(grey):
+    mask = Image.new("L", (40, 40), 0)
+    mask.paste(grey, (10, 0, 40, 40))
+    soft = np.asarray(soften(mask, 4))[20]
+    assert not soft[:10].any()
+    assert (soft[15:] == grey).all(), "inside it is what it was"
+    assert 0 < soft[10] < grey / 2
+    assert np.array_equal(np.asarray(soften(Image.new("L", (8, 8), grey), 4)), np.full((8, 8), grey)), (
+        "no edge, no fade"
+    )
+
+
+@pytest.mark.parametrize("side", [1, 2, 24])
+def test_a_small_opening_opens(side):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (20, 20, 20 + side, 20 + side))
+    mask.paste(255, (50, 0, 64, 64))  # a large one beside it does not close it
+    soft = np.asarray(soften(mask, 32))
+    assert soft[20 : 20 + side, 20 : 20 + side].max() >= 250
+    assert not soft[np.asarray(mask) == 0].any()
+
+
+def test_any_bright_colour_opens_and_a_mask_may_be_of_another_size(tmp_path):
+    image = Image.new("RGB", (16, 8), "navy")
+    for colour in ("red", "blue", "white", (0, 255, 0)):
+        mask = Image.new("RGB", (32, 16), "black")
+        mask.paste(colour, (16, 0, 32, 16))
+        given = {"init_image": image, "mask": mask, "mask_blur": 0, "width": 16, "height": 8, "seed": 0}
+        found = make_canvas(Settings(prompts=("",), **given), 2).mask
+        assert (found[:, 9:] == 255).all()
+        assert not found[:, :7].any()
+
+
+def test_how_softly_a_mask_ends_is_what_was_asked_for(tiny, draw, photo):  # noqa: F811
+    image, mask = photo
+    few = ("-i", str(image), "--mask", str(mask), "-s", "2", "--steps", "1")
+    pictures = {blur: np.asarray(Image.open(draw(PROMPT, *few, "--mask-blur", blur).paths[0])) for blur in ("0", "8")}
+    assert (pictures["0"] != pictures["8"])[:, 10:].any()
+    own = made(draw(PROMPT, *few).paths[0])
+    assert own["mask_blur"] == 4, "what was not said is recorded"
+    (ours,) = tiny(PROMPT, init_image=image, mask=mask, seed=2, steps=1, mask_blur=8)
+    assert np.array_equal(np.asarray(ours), pictures["8"])
+
+
+def test_a_cell_is_as_open_as_its_most_open_pixel():
+    mask = np.zeros((4, 4), np.uint8)
+    mask[0, 1], mask[3, 3] = 255, 51
+    cells = Canvas(np.zeros((4, 4, 3), np.uint8), mask, (4, 4)).cells(2)
+    assert np.allclose(cells, [[1, 0], [0, 0.2]])
+
+
+def test_what_is_beyond_a_picture_begins_as_its_edge(tiny, photo):
+    given = {"init_image": photo[0], "extend": (4, 0, 0, 3), "mask_blur": 0}
+    board = make_canvas(Settings(prompts=("",), **given, width=25, height=22, seed=0), 2)
+    inside = np.asarray(Image.open(photo[0]))
+    assert np.array_equal(board.pixels[:22, :25], np.pad(inside, ((0, 3), (4, 0), (0, 0)), mode="edge"))
+    assert (board.mask[:19, :4] == 255).all()
+    assert not board.mask[:19, 4:25].any()
+    (ours,) = tiny(PROMPT, init_image=photo[0], extend=(4, 0, 0, 3), seed=1, steps=1)
+    assert np.array_equal(np.asarray(ours)[:19, 4:], inside)
+
+
 def test_the_part_that_is_kept_leads_the_part_that_is_drawn(tiny, monkeypatch):
     """The network sees what is known at every level, and not its own idea of it."""
     image = Image.new("RGB", (16, 16), "navy")
@@ -152,6 +214,65 @@ def test_hires_draws_twice_and_ends_larger(draw):  # noqa: F811
     assert psnr(Image.open(path), small) > psnr(other, small), "it is the small picture, drawn over"
     shown = parse_parameters(read_metadata(path)["parameters"])
     assert (shown["Hires upscale"], shown["Denoising strength"], shown["Size"]) == ("1.5", "0.4", "16x16")
+
+
+def test_hires_of_an_odd_picture_is_so_many_times_as_large(tiny, draw, photo):  # noqa: F811
+    smooth = Image.open(photo[0]).resize((101, 77), Image.Resampling.BICUBIC)
+    (ours,) = tiny(PROMPT, init_image=smooth, strength=0.004, hires=2, hires_strength=0.004, seed=1, steps=1)
+    assert ours.size == (202, 154)
+    said = draw(PROMPT, "-i", str(photo[0]), "--hires", "1.5", "--steps", "2", "-s", "1", "--film", "f.png")
+    assert said.code == 0, said.err
+    assert Image.open(said.paths[0]).size == (32, 28)
+    assert Image.open("f.png").size == (5 * 32, 28), "and all of the film is"
+    draw(PROMPT, "-i", str(photo[0]), "--steps", "2", "-s", "1", "--film", "f.gif", "--preview", "now.png")
+    with Image.open("f.gif") as film:
+        assert (film.size, Image.open("now.png").size) == ((21, 19), (21, 19))
+
+
+def test_hires_begins_where_the_picture_is(tiny):
+    """What is drawn again lies where it lay: the enlarged picture is cut from its padded canvas, and not squeezed."""
+    image = Image.new("RGB", (21, 19), "white")
+    image.paste("black", (10, 0, 21, 19))
+    drawing_ = tiny.plan(Settings(prompts=("",), init_image=image, hires=2, seed=1, steps=1))
+    latent = to_latents(tiny.model.vae, to_pixels([Image.fromarray(drawing_.board.pixels)]))[0]
+    small = drawing.decode(tiny.model.vae, latent)[0].crop((0, 0, 21, 19))
+    (board,) = drawing_._boards(drawing_.descents[1], latent)
+    assert board.size == (42, 38)
+    large = np.asarray(small.resize((42, 38), Image.Resampling.LANCZOS))
+    assert np.array_equal(board.pixels[:38, :42], large)
+
+
+def test_how_much_is_drawn_again_and_by_which_noise(tiny, monkeypatch):
+    given = {"hires": 2, "sampler": "euler_ancestral", "steps": 2}
+    drawn = [latents(tiny, **given, hires_strength=share) for share in (0.2, 0.9)]
+    assert not torch.equal(*drawn)
+    assert torch.equal(latents(tiny, **given), latents(tiny, **given, hires_strength=0.5))
+    plain, purposes = drawing.rng.normal, []
+
+    def normal(seed, purpose, *ids, shape):
+        purposes.append((purpose, shape[-1]))
+        return plain(seed, purpose, *ids, shape=shape)
+
+    monkeypatch.setattr(drawing.rng, "normal", normal)
+    latents(tiny, **given)
+    assert purposes == [("sampler", 8)] * 2 + [("sampler.hires", 16)] * 2
+
+
+def test_sdxl_is_told_the_size_of_what_it_draws(tmp_path, monkeypatch):
+    xl = TextToImage.load(save("sdxl", tmp_path / "sdxl"), "cpu", "fp32")
+    told, plain = [], xl.model.unet.forward
+
+    def forward(*args, added_cond_kwargs, **given):
+        told.append(added_cond_kwargs["time_ids"][0].tolist())
+        return plain(*args, added_cond_kwargs=added_cond_kwargs, **given)
+
+    monkeypatch.setattr(xl.model.unet, "forward", forward)
+    xl(PROMPT, seed=1, steps=1, width=32, height=24, hires=2)
+    assert [told[0], told[-1]] == [[24, 32, 0, 0, 24, 32], [48, 64, 0, 0, 48, 64]]
+
+
+def test_layers_of_the_text_encoder_are_skipped(tiny):
+    assert not torch.equal(latents(tiny), latents(tiny, clip_skip=2))
 
 
 # --- which noise
@@ -192,6 +313,11 @@ def test_variations_lie_on_the_way_to_another_seed(tiny, draw):  # noqa: F811
     assert [made(path)["seed"] for path in said.paths] == [1, 1]
     assert [made(path)["variation_seed"] for path in said.paths] == [8, 9]
     assert made(said.paths[0])["variation_strength"] == 0.3
+    for sampler in ("euler_ancestral", "dpmpp_2m_sde", "lcm"):
+        ends = [latents(tiny, sampler=sampler, **given | {"variation_strength": share}) for share in (0.0, 0.5, 1.0)]
+        assert torch.equal(ends[0], latents(tiny, sampler=sampler))
+        assert torch.equal(ends[2], latents(tiny, sampler=sampler, seed=8)), "the noise on the way turns too"
+        assert not torch.equal(ends[1], ends[2])
     again = draw(PROMPT, "-s", "1", "--variation-seed", "9", "--variation-strength", "0.3")
     assert Image.open(again.paths[0]).tobytes() == Image.open(said.paths[1]).tobytes()
 
@@ -214,6 +340,10 @@ def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):  # noqa: F81
     assert [Image.open(path).tobytes() for path in (said.paths[0], said.paths[2])] == [one.tobytes() for one in ends]
     alone = draw(*words, "--share", "0.5")
     assert Image.open(alone.paths[0]).tobytes() == Image.open(said.paths[1]).tobytes()
+    here = tiny(PROMPT, seed=1, to_prompt="blue boat", to_seed=5, steps=2, frames=3)
+    assert [image.tobytes() for image in here] == [Image.open(path).tobytes() for path in said.paths]
+    (half,) = tiny(PROMPT, seed=1, to_prompt="blue boat", to_seed=5, steps=2, share=0.5)
+    assert half.tobytes() == here[1].tobytes()
     film = draw(*words, "--frames", "3", "-o", "way.gif")
     assert film.out == "way.gif\n"
     with Image.open("way.gif") as opened:
@@ -305,8 +435,13 @@ def net(tmp_path_factory):
     sd1 = save("sd1", tmp_path_factory.mktemp("control") / "sd1", vae_blocks=4)
     torch.manual_seed(0)
     made = ControlNetModel.from_unet(load_model(sd1).unet, conditioning_channels=3)
-    for layer in [*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out]:
-        torch.nn.init.normal_(layer.weight, std=0.2)
+    for layer in [*made.controlnet_down_blocks, made.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    for layer in made.controlnet_cond_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    with torch.no_grad():
+        made.controlnet_cond_embedding.conv_out.weight *= 4
     made.save_pretrained(sd1.parent / "net")
     return sd1.parent / "net"
 
@@ -333,6 +468,27 @@ def test_a_controlnet_leads_as_in_the_stock_library(net):
     (ours,) = led(PROMPT, control_image=edges, control_scale=0.8, **given)
     assert psnr(ours, picture) >= 60
     assert psnr(TextToImage.load(sd1, "cpu")(PROMPT, **given)[0], ours) < 40, "it does lead"
+    (other,) = led(PROMPT, control_image=Image.new("RGB", edges.size), control_scale=0.8, **given)
+    assert psnr(ours, other) < 40, "and by this picture"
+    (weaker,) = led(PROMPT, control_image=edges, control_scale=0.2, **given)
+    assert psnr(ours, weaker) < 40, "as strongly as it was told to"
+    record = json.loads(ours.info["diffusion"])
+    assert record["control"]["name"] == "net"
+    assert len(record["control"]["hash"]) == 10
+    assert parse_parameters(ours.info["parameters"])["ControlNet 0"].startswith("Model: net [")
+
+
+def test_a_controlnet_leads_from_the_command_line(draw, net, tmp_path):  # noqa: F811
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(tmp_path / "e.png")
+    sd1, few = net.parent / "sd1", ["-s", "3", "--steps", "2"]
+    led = TextToImage.load(sd1, "cpu", "fp32", control=net)
+    for scale in ("0.3", "1.5"):
+        words = ["--control", str(net), "--control-image", "e.png", "--control-scale", scale]
+        said = draw(PROMPT, *few, *words, model=sd1)
+        assert said.code == 0, said.err
+        (ours,) = led(PROMPT, seed=3, steps=2, control_image=tmp_path / "e.png", control_scale=float(scale))
+        assert Image.open(said.paths[0]).tobytes() == ours.tobytes()
+        assert made(said.paths[0])["control_scale"] == float(scale)
 
 
 def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
@@ -345,7 +501,7 @@ def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
         (["-i", image, "--strength", "0.001", "--steps", "20"], "more than this model's 1000"),
         (["-i", "nowhere.png"], "nowhere.png"),
         (["-i", __file__], "cannot be read as a picture"),
-        (["-i", image, "--mask", mask, "--hires", "2"], "without mask or extend"),
+        (["-i", image, "--mask", mask, "--hires", "2"], "hires and mask exclude each other"),
         (["--hires", "1"], "above 1"),
         (["--extend", "left=4"], "extend needs a picture"),
         (["-i", image, "--extend", "up=4"], "is not like left=64"),
@@ -358,15 +514,15 @@ def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
         (["--sigmas", "5,0.00001"], "outside of this model's"),
         (["--guidance-interval", "5,1"], "low, high; None"),
         (["--guidance-interval", "5"], "LOW,HIGH"),
-        (["--variation-seed", "1"], "belong together"),
-        (["--frames", "4"], "say where to"),
+        (["--variation-seed", "1"], "give variation_strength"),
+        (["--frames", "4"], "needs somewhere to go"),
         (["--to-prompt", "x"], "give frames"),
         (["--to-prompt", "x", "--frames", "4", "--num-images", "2"], "exclude"),
         (["--control-image", image], "belong together"),
         (["--compare", "stpes=1,2"], "is not FIELD=VALUE"),
         (["--compare", "steps=1,2", "cfg=1", "seed=1,2"], "one or two"),
         (["--compare", "steps=1,x"], "'x' is not a whole number"),
-        (["--film", "x.gif", "--num-images", "2"], "one picture"),
+        (["--film", "x.gif", "--num-images", "2"], "one picture comes about, and 2"),
         (["--film", "x.mp4"], "must end in"),
         (["--grid", "x.gif"], "must end in"),
         (["(a:nan)"], "no finite number"),
@@ -397,6 +553,17 @@ def test_a_film_a_sheet_and_a_preview_are_written(draw):  # noqa: F811
     assert strip.crop((64, 0, 80, 16)).tobytes() == Image.open("y.png").tobytes()
     draw(PROMPT, "blue boat", "-s", "1", "--num-images", "2", "--steps", "1", "--grid", "grid.png", "-o", "some/")
     assert Image.open("grid.png").size == (32, 32)
+    grid = np.asarray(Image.open("grid.png"))
+    files = sorted(Path("some").iterdir())
+    assert len(files) == 4
+    assert all(holds(grid, np.asarray(Image.open(path))) for path in files), "each of them is on it"
+
+
+def test_a_preview_is_of_the_estimate(tiny):
+    first = next(tiny.stream(PROMPT, seed=1, steps=4))
+    shown = first.preview()[0].tobytes()
+    assert shown == drawing.preview(tiny.model, first.denoised)[0].tobytes()
+    assert shown != drawing.preview(tiny.model, first.latents)[0].tobytes()
 
 
 def test_a_preview_has_the_colours_of_the_picture():
@@ -423,9 +590,13 @@ def test_comparing_draws_each_with_the_same_noise(draw, tiny):  # noqa: F811
     for steps, guidance in ((1, 1.0), (2, 1.0), (1, 5.0), (2, 5.0)):
         (cell,) = tiny(PROMPT, seed=1, steps=steps, guidance_scale=guidance)
         assert holds(sheet, np.asarray(cell)), (steps, guidance)
-    assert json.loads(Image.open("sheet.png").info["diffusion"])["seed"] == 1
+    record = json.loads(Image.open("sheet.png").info["diffusion"])
+    assert record["seed"] == 1
+    assert record["compare"] == {"steps": [1, 2], "cfg": [1, 5]}
+    assert not {"steps", "guidance_scale"} & record.keys(), "what differs is not told as if it were the same"
     other = tiny.compare(PROMPT, {"steps": [1, 2], "cfg": [1.0, 5.0]}, seed=1)
     assert np.array_equal(np.asarray(other), sheet)
+    assert json.loads(other.info["diffusion"])["compare"] == {"steps": [1, 2], "cfg": [1, 5]}
     after = draw("--compare", "sampler=ddim,DPM++ 2M", "--", "blue boat")
     assert after.code == 0, after.err
 
@@ -453,6 +624,11 @@ def test_lists_of_prompts_draw_their_choices(draw, tmp_path):  # noqa: F811
         prompts.add(first)
         assert second in ("green apple", "green house")
     assert len(prompts) > 1
+    (tmp_path / "wildcards").rename(tmp_path / "words")
+    assert draw("--prompts", "list.txt", "-s", "5", "--steps", "1").code == 2
+    named = draw("--prompts", "list.txt", "-s", "5", "--steps", "1", "--wildcards", "words")
+    assert made(named.paths[0])["prompt"] == first
+    (tmp_path / "words").rename(tmp_path / "wildcards")
     again = draw("--prompts", "list.txt", "-s", "5", "--steps", "1")
     assert made(again.paths[0])["prompt"] == first
 
@@ -485,7 +661,14 @@ def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):  # noqa: F811
     pictures = [Image.open(said.paths[0]).tobytes() for said in (plain, tagged, flagged)]
     assert pictures[0] != pictures[1]
     assert pictures[1] == pictures[2]
-    assert made(tagged.paths[0])["loras"] == made(flagged.paths[0])["loras"]
+    assert made(tagged.paths[0])["prompt_loras"] == made(flagged.paths[0])["loras"]
+    (ours,) = tiny.__class__(tiny.model, lora_folder=red.parent)(f"{PROMPT} <lora:red:0.5>", seed=1, steps=2)
+    assert ours.tobytes() == pictures[1]
+    elsewhere = red.parent.rename(red.parent.with_name("shelf"))
+    assert draw(f"{PROMPT} <lora:red:0.5>", *words).code == 2
+    there = draw(f"{PROMPT} <lora:red:0.5>", *words, "--lora-dir", "shelf")
+    assert Image.open(there.paths[0]).tobytes() == pictures[1]
+    elsewhere.rename(red.parent)
     planned = draw(PROMPT, "--dry-run", "--lora", str(red))
     assert "64 of 64 keys" in planned.err
     assert draw(PROMPT, "--dry-run", "--lora", str(red.parent)).code == 2
@@ -494,15 +677,11 @@ def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):  # noqa: F811
     assert Image.open(both.paths[2]).tobytes() not in pictures
 
 
-def test_the_pictures_of_the_families_are_the_stock_librarys(sd1):
-    """(`python tests/families.py` prints the figures for every family and solver.)"""
-    assert (
-        psnr(
-            TextToImage.load(sd1, "cpu", "fp32")(PROMPT, seed=7, steps=4, guidance_scale=5.0)[0],
-            stock_draw(stock(sd1), PROMPT, 7),
-        )
-        >= 60
-    )
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("family", KINDS)
+def test_the_pictures_of_the_families_are_the_stock_librarys(tmp_path, family, sampler):
+    """(`python tests/families.py` prints the figures.)"""
+    assert parity(save(family, tmp_path / family), sampler, steps=8) >= 60
 
 
 def test_the_documentation_knows_every_flag_and_shows_what_is_there():

@@ -76,7 +76,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(images, "_encode", fail)
+    monkeypatch.setattr(images, "encode", fail)
     with pytest.raises(OSError, match="disk full"):
         save_image(picture(), old)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]

@@ -17,7 +17,7 @@ LAYERS = (  # top to bottom; __init__ is the front door: it may open every room,
     {"checkpoint", "interop", "images", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
-    {"config", "settings", "names", "places", "prompts", "pixels", "rng"},
+    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"},
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 WALLS = {

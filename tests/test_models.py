@@ -9,7 +9,7 @@ from diffusion.models.compiled import Compiled
 from diffusion.models.folder import Forward, load_model
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import wrapped_edges
-from diffusion.models.packing import pack, unpack
+from diffusion.models.packing import forget, pack, unpack
 from diffusion.precision import compile_if_equal
 from families import psnr
 
@@ -163,6 +163,18 @@ def test_packed_weights_follow_their_own_and_leave_gradients_alone():
         rolled = layer(x.roll(2, 3)).roll(-2, 3)
         assert torch.allclose(rolled, layer(x), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(rolled, 2 * before, atol=1e-3)
+
+
+def test_weights_of_inference_mode_are_packed_anew_when_that_is_said():
+    with torch.inference_mode():
+        layer = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        pack(layer)
+        x = torch.ones(1, 8)
+        before = layer(x).clone()
+        layer[0].weight.mul_(2)
+        layer[0].bias.mul_(2)
+        forget(layer, {id(layer[0].weight)})
+        assert torch.allclose(layer(x), 2 * before)
 
 
 @pytest.mark.parametrize("right", [True, False])

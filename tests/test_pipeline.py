@@ -233,7 +233,9 @@ def test_names_mean_the_samplers_and_grids_that_exist() -> None:
 
 def test_a_sampler_name_may_end_in_a_schedule() -> None:
     assert Settings(prompts=("a",), sampler="DPM++ 2M Karras").schedule == "karras"
-    assert Settings(prompts=("a",), sampler="DPM++ 2M Karras", schedule="beta").schedule == "beta"
+    assert Settings(prompts=("a",), sampler="DPM++ 2M Karras", schedule="Karras").schedule == "karras"
+    with pytest.raises(ValueError, match="asks for karras, and schedule for beta"):
+        Settings(prompts=("a",), sampler="DPM++ 2M Karras", schedule="beta")
 
 
 def test_the_model_hash_knows_every_part(tiny: TextToImage, tiny_model: Path, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_the_stock_library_is_whole_afterwards():
 
 
 def trial(steps, error, hits=1.0, sampler="ddim"):
-    return Trial({"sampler": sampler, "schedule": "trailing", "steps": steps}, error, hits, 2 * steps)
+    settings = {"sampler": sampler, "schedule": "trailing", "steps": steps}
+    return Trial(settings | {"guidance_scale": 2.0, "guidance_interval": None}, error, hits, 2 * steps)
 
 
 def test_the_cheapest_settings_that_are_as_good_are_chosen():

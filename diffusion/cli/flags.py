@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str], words: str) -> argparse.Namespace:
         """Read flags, written with - or _, anywhere between the positional ``words``; after ``--`` all are words."""
-        end = list(argv).index("--") if "--" in argv else len(argv)
+        end = len(flags_of(argv))
         flags = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv[:end]]
         args, rest = self.parse_known_intermixed_args(flags)
         if rest and not args.help:
@@ -31,6 +31,11 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"unknown flag {flag!r}{near} (--help lists them all)")
         setattr(args, words, [*getattr(args, words), *argv[end + 1 :]])
         return args
+
+
+def flags_of(argv: Sequence[str]) -> Sequence[str]:
+    """What may be flags: all before ``--``."""
+    return argv[: list(argv).index("--")] if "--" in argv else argv
 
 
 def whole(text: str) -> int:

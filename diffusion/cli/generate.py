@@ -9,27 +9,29 @@ import json
 import os
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.cli.request import Request, parser, quiet_libraries, separate
+from diffusion.cli.flags import flags_of
+from diffusion.cli.outputs import Outputs, name_parts
+from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate
 from diffusion.settings import PICTURES, Settings, Shot, variants
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusion.pipeline import Progress, TextToImage
+    from diffusion.pipeline import Progress
 
 Keep = Callable[["Image.Image", Shot], "Path | None"]
 
 
 def run(argv: Sequence[str], prog: str = "diffusion generate") -> int:
     """Make the pictures that the command line asks for, and return the exit code."""
-    voice = Voice(prog, json="--json" in argv, quiet="--quiet" in argv)
+    flags = flags_of(argv)
+    voice = Voice(prog, json="--json" in flags, quiet="--quiet" in flags)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: voice.trouble("warning", f"warning: {message}")
@@ -53,112 +55,99 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
         if args.help:
             reader.print_help()
             return 0
+        quiet_libraries()  # before any of them is imported
         request = Request.check(separate(args))
-        quiet_libraries()
-        model: TextToImage | None = None
-        if request.model.is_file():  # only its weights tell what it is
-            model = load(request, args)
-        full = model.resolved(request.wanted) if model is not None else request.filled()
-        voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run)
+        outline = request.load(weights=False)
+        plans = [outline.plan(one) for one in request.cells()]
+        full = plans[0].full
+        voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run, tokens=counted(plans))
+        tell(outline.model.reports, voice)
         if args.dry_run:
-            tell(request.lora_reports(), voice)
-            voice.note(request.summary(full))
+            for line in request.summary(plans):
+                voice.note(line)
             return 0
-        model = load(request, args) if model is None else model
-        # what is compared may change what the model answers: only the seed is settled
-        each = variants(request.wanted, request.axes)[0] if request.axes else [full]
-        steps = chain.from_iterable([model.run(one) for one in each])
-        total = sum(_steps(model.resolved(one)) for one in each)
-        tell(model.model.reports, voice)
+        model = request.load()
+        steps = chain.from_iterable([model.run(one) for one in request.cells()])
+        total = sum(plan.full.total_steps * sum(1 for _ in plan.batches()) for plan in plans)
         if args.seed is None:
             voice.note(f"seed {full.seed}")
     except ValueError as error:
         voice.trouble("error", str(error))
         return 2
-    if request.axes or request.animation is not None:
-        together(steps, request, full, args, voice, total)
+    if request.axes or request.outputs.animation is not None:
+        together(steps, request, full, voice, total)
     else:
-        apart(steps, request, args, voice, total)
+        apart(steps, request, full, voice, total)
     if args.compile:
         voice.note(f"--compile: {model.model.compiled.report}")
     return 0
 
 
 def tell(reports: Mapping[str, str], voice: "Voice") -> None:
-    """How much of every LoRA has found its place."""
+    """How much of every LoRA has found its place, and which words were learnt."""
     for path, report in reports.items():
         voice.note(f"{path}: {report}")
         voice.event("lora", path=path, report=report)
 
 
-def load(request: Request, args: Namespace) -> "TextToImage":
-    """The model of a request, with all that is put on it."""
-    from diffusion.pipeline import TextToImage
-
-    return TextToImage.load(
-        request.model,
-        args.device,
-        args.dtype,
-        request.loras,
-        control=args.control,
-        lora_folder=args.lora_dir,
-        prediction=args.prediction,
-        compile=args.compile,
-        offline=args.offline,
-    )
-
-
-def apart(steps: "Iterator[Progress]", request: Request, args: Namespace, voice: "Voice", total: int) -> None:
+def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> None:
     """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them."""
     from diffusion.images import save_image, slugify
     from diffusion.sheets import make_grid, save_film, save_sheet
 
     images: list[Image.Image] = []
     frames: list[Image.Image] = []
+    outputs = request.outputs
 
     def keep(image: "Image.Image", shot: Shot) -> Path:
         images.append(image)
         slug = slugify(shot.prompt)
-        return save_image(image, request.output, seed=shot.seed, slug=slug, metadata=not args.no_metadata)
+        return save_image(image, outputs.pictures, seed=shot.seed, slug=slug, metadata=outputs.metadata)
 
-    draw(watched(steps, args, frames), keep, voice, total)
-    if args.grid is not None:
-        voice.picture(save_sheet(make_grid(images), args.grid), kind="grid")
-    if args.film is not None:
-        voice.picture(save_film([*frames, images[0]], args.film), kind="film")
+    draw(watched(steps, outputs, frames), keep, voice, total)
+    if outputs.grid is not None:
+        sheet = sheet_of(make_grid(images), images, outputs, **_call(full))
+        voice.picture(save_sheet(sheet, outputs.grid), kind="grid")
+    if outputs.film is not None:
+        last = sheet_of(images[0].copy(), images, outputs)
+        voice.picture(save_film([*frames, last], outputs.film), kind="film")
 
 
-def together(
-    steps: "Iterator[Progress]", request: Request, full: Settings, args: Namespace, voice: "Voice", total: int
-) -> None:
+def together(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> None:
     """Draw everything, then write it as one file: a labelled sheet of what is compared, or an animation."""
-    from diffusion.images import save_image, slugify
+    from diffusion.images import save_image
     from diffusion.sheets import make_table, save_film
 
     images: list[Image.Image] = []
-    draw(watched(steps, args, []), lambda image, _: images.append(image), voice, total)
+    outputs = request.outputs
+    draw(watched(steps, outputs, []), lambda image, _: images.append(image), voice, total)
     facts = {"prompt": full.prompts[0], "seed": full.seed}
-    if request.animation is not None:
-        voice.picture(save_film(images, request.animation, len(images) / 8), kind="animation", **facts)
+    if outputs.animation is not None:
+        voice.picture(save_film(images, outputs.animation, len(images) / 8), kind="animation", **facts)
         return
     _, columns, rows = variants(request.wanted, request.axes)
-    sheet = make_table(images, columns, rows)
-    if not args.no_metadata:
-        sheet.info.update(images[0].info)
-    assert full.seed is not None, "filled() gave it"
-    slug = slugify(full.prompts[0])
-    path = save_image(sheet, request.output, seed=full.seed, slug=slug, metadata=not args.no_metadata)
+    sheet = sheet_of(make_table(images, columns, rows), images, outputs, compare=request.axes)
+    path = save_image(sheet, outputs.pictures, **name_parts(full), metadata=outputs.metadata)
     voice.picture(path, kind="comparison", **facts)
 
 
-def watched(steps: "Iterator[Progress]", args: Namespace, frames: "list[Image.Image]") -> "Iterator[Progress]":
+def sheet_of(sheet: "Image.Image", images: "Sequence[Image.Image]", outputs: Outputs, **call: Any) -> "Image.Image":
+    """A sheet that says how its pictures were made, unless nothing is to."""
+    from diffusion.images import sheet_texts
+
+    sheet.info.clear()
+    sheet.info.update(sheet_texts(images, **call) if outputs.metadata else {})
+    return sheet
+
+
+def watched(steps: "Iterator[Progress]", outputs: Outputs, frames: "list[Image.Image]") -> "Iterator[Progress]":
     """The same steps; after each one its preview is written or kept, if that was asked for."""
     from diffusion.sheets import make_grid, save_sheet
 
     for step in steps:
-        if args.preview is not None:
-            save_sheet(make_grid(step.preview()), args.preview)
-        if args.film is not None:
+        if outputs.preview is not None:
+            save_sheet(make_grid(step.preview()), outputs.preview)
+        if outputs.film is not None:
             frames.append(step.preview()[0])
         yield step
 
@@ -188,7 +177,7 @@ class Voice:
     json: bool
     quiet: bool
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, /, **facts: Any) -> None:
         """One event, for a program only."""
         if self.json:
             print(json.dumps({"event": kind, **facts}), flush=True)
@@ -220,10 +209,16 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
 
 
-def _steps(full: Settings) -> int:
-    """Steps of all batches, as far as that is known before prompts are read."""
-    assert full.batch_size is not None, "filled() gave it"
-    return full.total_steps * -(-full.count // full.batch_size)
+def _call(full: Settings) -> dict[str, Any]:
+    """What is true of a call and not of one picture."""
+    several = full.num_images if full.num_images > 1 else None
+    return {
+        "prompts": list(full.prompts) if len(full.prompts) > 1 else None,
+        "seed": full.seed,
+        "num_images": several,
+        "variation_seed": full.variation_seed,
+        "frames": full.frames,
+    }
 
 
 def _plain(full: Settings) -> dict[str, Any]:

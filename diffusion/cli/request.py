@@ -5,7 +5,7 @@ import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import names, places, settings
 from diffusion.cli.flags import Parser, number, numbers, size, whole
+from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.names import SAMPLERS, SCHEDULES
 from diffusion.settings import Settings
 
 if TYPE_CHECKING:
-    from diffusion.images import Output
+    from diffusion.drawing import Drawing
+    from diffusion.pipeline import TextToImage
 
 EXAMPLES = """examples:
   %(prog)s "a red apple"
@@ -31,19 +33,18 @@ Exit code: 0 done, 2 a request that cannot be met, 1 a failure while running, 13
 SIDES = ("left", "top", "right", "bottom")
 WORDS = dict.fromkeys(("sampler", "schedule", "negative_prompt"), str)  # fields to compare that are no numbers
 FLOATS = ("guidance_scale", "guidance_rescale", "strength", "hires_strength", "control_scale", "variation_strength")
-SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, once no more can be wrong with it than the length of a prompt."""
+    """What was asked for, once no more can be wrong with it than a library can tell."""
 
+    args: Namespace
     wanted: Settings
     model: Path
     loras: dict[str, float]
-    output: "Output"
     axes: dict[str, list[Any]]
-    animation: Path | None  # where frames become one file
+    outputs: Outputs
 
     @classmethod
     def check(cls, args: Namespace) -> "Request":
@@ -53,64 +54,100 @@ class Request:
             if args.width is not None or args.height is not None:
                 raise ValueError("--size and --width/--height say the same thing: give one of them")
             given["width"], given["height"] = args.size
-        axes = dict(args.compare or ())
         seeded = Settings(prompts=("",), seed=given["seed"]).seeded()
         given["seed"] = seeded.seed
-        prompts = (*args.words, *args.prompt, *_listed(args, seeded))
-        wanted = Settings(prompts=prompts, **given)
+        wanted = Settings(prompts=(*args.words, *args.prompt, *_listed(args, seeded)), **given)
         names.check_device(args.device)
         names.resolve_dtype(args.dtype, args.device)
         names.resolve_prediction(args.prediction)
-        model = find_model(args.model, offline=args.offline)
-        loras = dict(places.parse_lora(text) for text in args.lora)
+        loras = _loras(args.lora)
         if (args.control is None) != (wanted.control_image is None):
             raise ValueError("--control and --control-image belong together: a ControlNet and a picture to lead by")
-        for file in (wanted.init_image, wanted.mask, wanted.control_image):
-            if file is not None:
-                settings.sides_of(file)
+        for name in settings.PICTURES:
+            if getattr(wanted, name) is not None:
+                settings.sides_of(getattr(wanted, name))
+        axes = _axes(args.compare)
         if axes:
             settings.variants(wanted, axes)
-        wanted.check(places.read_limits(model))
-        return cls(wanted, model, loras, *_outputs(args, wanted, axes))
+        model = find_model(args.model, offline=args.offline)
+        if (places.base_of(model) or model).is_dir():  # of a file only its header tells
+            wanted.check(places.read_limits(model))
+        return cls(args, wanted, model, loras, axes, Outputs.check(args, wanted, bool(axes)))
 
-    def filled(self) -> Settings:
-        """The request with the model's own defaults. ValueError for a prompt longer than the encoder reads.
+    def cells(self) -> list[Settings]:
+        """The call, or what is compared: each may have other answers of the model's own."""
+        return settings.variants(self.wanted, self.axes)[0] if self.axes else [self.wanted]
 
-        Reads the tokenizer and the recipe only, so that a long prompt is answered before the weights are loaded.
-        """
-        from diffusion.models.folder import read_recipe
-        from diffusion.models.text import read, read_tokenizers
-        from diffusion.prompts import literal, parse
+    def load(self, *, weights: bool = True) -> "TextToImage":
+        """The model with all that is put on it; without weights it is there in a moment, and draws nothing."""
+        from diffusion.pipeline import TextToImage
 
-        full = self.wanted.filled(read_recipe(self.model))
-        full.check(places.read_limits(self.model))
-        if not self.loras and places.base_of(self.model) is None:  # which may teach the tokenizer words
-            tokenizers = read_tokenizers(self.model)
-            take = literal if full.literal else parse
-            for written in (*full.prompts, full.negative_prompt, *([] if full.to_prompt is None else [full.to_prompt])):
-                read(tokenizers, take(written), long=full.long_prompts)
-        return full
-
-    def lora_reports(self) -> dict[str, str]:
-        """Of each LoRA how many of its keys fit the model, without reading any weights of the model."""
-        if not self.loras:
-            return {}
-        from diffusion.interop import outline  # slow to import
-        from diffusion.models.adapters import inspect
-
-        networks = outline(self.model)
-        return {path: inspect(networks, Path(path)) for path in self.loras}
-
-    def summary(self, full: Settings) -> str:
-        """What would be drawn, in a line."""
-        pictures = "1 picture" if full.count == 1 else f"{full.count} pictures in batches of {full.batch_size}"
-        model = " + ".join([str(self.model), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
-        grid = f"on {full.schedule}" if full.sigmas is None else "at the sigmas given"
-        return (
-            f"would draw {pictures}, {full.width}x{full.height}, with {model}: {full.total_steps} steps of "
-            f"{full.sampler} {grid}, guidance {full.guidance_scale:g}, seed {full.seed}, "
-            f"to {self.output.template}"
+        return TextToImage.load(
+            self.model,
+            self.args.device,
+            self.args.dtype,
+            self.loras,
+            control=self.args.control,
+            lora_folder=self.args.lora_dir,
+            prediction=self.args.prediction,
+            compile=self.args.compile,
+            offline=self.args.offline,
+            weights=weights,
         )
+
+    def summary(self, plans: "Sequence[Drawing]") -> Iterator[str]:
+        """What would be drawn, in a line, and of each prompt how the encoder reads it."""
+        full, axes = plans[0].full, [f"{k} {', '.join(map(settings.label, v))}" for k, v in self.axes.items()]
+        count = sum(plan.full.count for plan in plans)
+        pictures = "1 picture" if count == 1 else f"{count} pictures in batches of {full.batch_size}"
+        model = " + ".join([str(self.model), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
+        first = f"{' by '.join(axes)}, the first in " if axes else ""
+        size, where = "{}x{}".format(*full.finished), ", ".join(self.outputs.places(**name_parts(full)))
+        yield f"would draw {pictures}, {size}, with {model}: {first}{_how(full)}, seed {full.seed}, to {where}"
+        for written, line in counted(plans).items():
+            yield f"{written!r}: {line}"
+
+
+def counted(plans: "Sequence[Drawing]") -> dict[str, str]:
+    """Of each prompt how many tokens it has, and where chunks of them end."""
+    from diffusion.models.text import count_line
+
+    return {
+        written: count_line(plan.model, prompt, long=plan.full.long_prompts)
+        for plan in plans
+        for written, prompt in plan.words.prompts.items()
+        if written
+    }
+
+
+def _how(full: Settings) -> str:
+    """Steps, with what a picture to begin from and drawing again make of them, and guidance."""
+    assert full.steps is not None, "filled() gave them"
+    grid = f"on {full.schedule}" if full.sigmas is None else "at the sigmas given"
+    last = "" if full.strength in (None, 1) else f", the last of {round(full.steps / full.strength)}"
+    again = "" if full.hires_strength is None else f", and again the last of {round(full.steps / full.hires_strength)}"
+    low, high = full.guidance_interval or (None, None)
+    where = "" if low is None else f" from {low:g} to {math.inf if high is None else high:g}"
+    return f"{full.steps} steps of {full.sampler} {grid}{last}{again}, guidance {full.guidance_scale:g}{where}"
+
+
+def _loras(given: Sequence[str]) -> dict[str, float]:
+    """What is put on the model, and how strongly. ValueError for one that is given twice."""
+    found = [places.parse_lora(text) for text in given]
+    paths = [os.path.realpath(path) for path, _ in found]
+    for path, (written, _) in zip(paths, found, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"--lora {written} is given twice: give it one weight")
+    return dict(found)
+
+
+def _axes(given: Sequence[tuple[str, list[Any]]] | None) -> dict[str, list[Any]]:
+    """What is compared. ValueError for a field that is given twice."""
+    names = [settings.COMPARED[name] for name, _ in given or ()]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--compare has {name} twice: give all of its values at once")
+    return dict(given or ())
 
 
 def find_model(name: str, *, offline: bool) -> Path:
@@ -128,6 +165,8 @@ def find_model(name: str, *, offline: bool) -> Path:
 def _listed(args: Namespace, seeded: Settings) -> list[str]:
     """The prompts of a file, a line each, with their {choices|of words} and __wildcards__ drawn."""
     if args.prompts is None:
+        if args.wildcards is not None:
+            raise ValueError("--wildcards is for the prompts of a list: give --prompts as well")
         return []
     from diffusion.prompts import expand, read_wildcards
 
@@ -139,37 +178,9 @@ def _listed(args: Namespace, seeded: Settings) -> list[str]:
     if not rows:
         raise ValueError(f"{args.prompts} holds no prompt: write one a line")
     assert seeded.seed is not None, "seeded() gave it"
-    folder = Path("wildcards") if args.wildcards is None else args.wildcards
-    wildcards = read_wildcards(folder) if args.wildcards is not None or folder.is_dir() else {}
+    named, folder = args.wildcards is not None, Path("wildcards") if args.wildcards is None else args.wildcards
+    wildcards = read_wildcards(folder) if named or folder.is_dir() else {}
     return [expand(text, seeded.seed, row, wildcards) for row, text in enumerate(rows)]
-
-
-def _outputs(
-    args: Namespace, wanted: Settings, axes: Mapping[str, Any]
-) -> tuple["Output", dict[str, Any], Path | None]:
-    """Where everything goes, once it is known that it can be written there."""
-    from diffusion.images import check_output, parse_output, slugify
-
-    animated = args.output is not None and str(args.output).lower().endswith(".gif") and wanted.frames is not None
-    output = parse_output(f"{str(args.output)[:-4]}.png" if animated else args.output)
-    longest = max(map(slugify, wanted.prompts), key=lambda slug: len(slug.encode()))
-    assert wanted.seed is not None, "it was given"
-    one = animated or bool(axes)
-    check_output(output, 1 if one else wanted.count, wanted.seed, longest)
-    for flag, path, kinds in (
-        ("--grid", args.grid, SHEETS),
-        ("--preview", args.preview, SHEETS),
-        ("--film", args.film, (".gif", *SHEETS)),
-    ):
-        if path is not None:
-            if path.suffix.lower() not in kinds:
-                raise ValueError(f"{flag} {path} must end in one of {', '.join(kinds)}")
-            check_output(parse_output(path.with_suffix(".png")), 1, wanted.seed, longest)
-    if args.film is not None and (wanted.count > 1 or axes):
-        raise ValueError(f"--film shows how one picture comes about, and {wanted.count} were asked for")
-    if args.grid is not None and one:
-        raise ValueError("--grid is of the pictures of a call, and here they go into one file: leave it out")
-    return output, dict(axes), Path(args.output) if animated else None
 
 
 def compared(text: str) -> tuple[str, list[Any]]:
@@ -180,18 +191,21 @@ def compared(text: str) -> tuple[str, list[Any]]:
         known = ", ".join(dict.fromkeys(settings.COMPARED.values()))
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE,VALUE with one of the fields {known}")
     kind: Callable[[str], Any] = WORDS.get(field, number if field in FLOATS else whole)
-    return name.replace("-", "_"), [kind(value.strip()) for value in values.split(",") if value.strip()]
+    return name.replace("-", "_"), [kind(value.strip()) for value in values.split(",")]
 
 
 def extension(text: str) -> tuple[int, int, int, int]:
     """``left=64,top=32`` as the pixels on each side."""
-    found = dict.fromkeys(SIDES, 0)
+    found: dict[str, int] = {}
     for part in text.split(","):
         side, _, pixels = part.strip().partition("=")
-        if side not in found or not re.fullmatch(r"\d+", pixels):
+        if side not in SIDES or not re.fullmatch(r"\d+", pixels):
             raise argparse.ArgumentTypeError(f"{text!r} is not like left=64,top=32,right=64,bottom=0")
+        if side in found:
+            raise argparse.ArgumentTypeError(f"{text!r} has {side} twice")
         found[side] = int(pixels)
-    return found["left"], found["top"], found["right"], found["bottom"]
+    left, top, right, bottom = (found.get(side, 0) for side in SIDES)
+    return left, top, right, bottom
 
 
 def interval(text: str) -> tuple[float, float | None]:
@@ -248,7 +262,7 @@ def _add_words(add: Callable[..., Any], own: str) -> None:
     add("-m", "--model", default="emoji", help="folder, .safetensors file, Hub id or shipped model (%(default)s)")
     add("--prediction", metavar="KIND", help="epsilon or v, for a file that does not say what its network puts out")
     add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
-    add("--lora-dir", type=Path, default=Path("loras"), metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
+    add("--lora-dir", type=Path, metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
     add("--offline", action="store_true", help="never ask a network for a model")
 
 
@@ -276,20 +290,26 @@ def _add_which(add: Callable[..., Any], own: str) -> None:
     add("--to-seed", type=whole, metavar="SEED", help="and from the noise of --seed to that of this one")
     add("--frames", type=whole, metavar="N", help="how many on the way; -o way.gif makes one animation of them")
     add("--share", type=number, help="or the one this far, 0 to 1")
-    add("--compare", nargs="+", metavar="FIELD=V,V", help="one labelled sheet: steps=10,20,50 cfg=3,5,7")
+    add(
+        "--compare",
+        nargs="+",
+        action="extend",
+        metavar="FIELD=V,V",
+        help="one labelled sheet: steps=10,20,50 cfg=3,5,7",
+    )
 
 
 def _add_pictures(add: Callable[..., Any], own: str) -> None:
     add("-i", "--init-image", metavar="FILE", help="begin from this picture")
     add("--strength", type=number, help="how much of it is drawn anew, up to 1 (0.75; with a mask 1)")
     add("--mask", metavar="FILE", help="white is drawn anew, black stays to the last bit")
-    add("--mask-blur", type=number, default=4.0, metavar="PIXELS", help="how softly, inside the mask (%(default)g)")
+    add("--mask-blur", type=number, metavar="PIXELS", help="how softly, inside the mask (4)")
     add("--extend", type=extension, metavar="left=64,...", help="draw beyond the edges: left, top, right, bottom")
     add("--hires", type=number, metavar="TIMES", help="draw it again so many times as large")
-    add("--hires-strength", type=number, default=0.5, metavar="SHARE", help="how much of that anew (%(default)g)")
+    add("--hires-strength", type=number, metavar="SHARE", help="how much of that anew (0.5)")
     add("--control", metavar="DIR", help="a ControlNet's folder, which leads by")
     add("--control-image", metavar="FILE", help="this picture of edges, depth, poses ...")
-    add("--control-scale", type=number, default=1.0, metavar="SCALE", help="how strongly (%(default)g)")
+    add("--control-scale", type=number, metavar="SCALE", help="how strongly (1)")
 
 
 def _add_outputs(add: Callable[..., Any], own: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diffusion.models import embeddings, lora
+from diffusion.models import embeddings, lora, packing
 from diffusion.models.folder import Model, write_json
 from diffusion.places import ADAPTERS, OTHER_FORMAT
 
@@ -20,33 +20,32 @@ WORDS = "words"
 
 
 def apply(model: Model, path: str | Path, strength: float = 1.0) -> None:
-    """Merge a LoRA into the model's weights, or teach it a word, in place. ValueError if the file does not fit."""
+    """Merge a LoRA into the model's weights, or teach it a word, in place. ValueError if the file does not fit.
+
+    A model without weights is taught its words all the same, and its ``reports`` say what was found.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such LoRA or learnt word")
-    if _is_word(path):
-        _teach(model, path)
-    elif not _only_words(path):
+    words, reports = ([path] if _is_word(path) else _words_of(path)), list[str]()
+    if _is_word(path) or _only_words(path):
+        if strength != 1:
+            raise ValueError(f"{path}: a learnt word is not put on so strongly: write it in the prompt as (<word>:0.8)")
+    else:
         found = lora.read(path, _networks(model))
         found.merge(_networks(model), strength)
-        model.reports[str(path)] = found.report
-    for file in _words_of(path):
-        _teach(model, file)
+        reports.append(found.report)
+    reports += [_teach(model, file) for file in words]
+    model.reports[str(path)] = ", ".join(reports)
     model.adapters[str(path)] = strength
-
-
-def inspect(networks: Mapping[str, nn.Module], path: Path) -> str:
-    """What ``apply`` would find in a file or folder, for networks by their names. ValueError if it does not fit."""
-    words = [path] if _is_word(path) else _words_of(path)
-    said = [f"the word {embeddings.read(file)[0]}" for file in words]
-    if not _is_word(path) and not _only_words(path):
-        said.append(lora.read(path, {name: one for name, one in networks.items() if name != "vae"}).report)
-    return ", ".join(said)
 
 
 def check(model: Model, loras: Sequence[tuple[Path, float]]) -> None:
     """See that the LoRAs that a prompt asks for fit the model, and report on them. ValueError if one does not."""
-    for path, _ in loras:
+    paths = [path for path, _ in loras]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"the prompt names the LoRA {path} twice: give it one weight")
         if _is_word(path):
             raise ValueError(
                 f"{path} is a learnt word and no LoRA: give it by --lora, and write the word in the prompt"
@@ -64,11 +63,13 @@ def lent(model: Model, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
             for weight in found.weights(networks):
                 before.setdefault(id(weight), (weight, weight.detach().clone()))
             found.merge(networks, strength)
+        _repack(networks, set(before))
         yield
     finally:
         with torch.no_grad():
             for weight, value in before.values():
                 weight.copy_(value)
+        _repack(networks, set(before))
 
 
 def save(model: Model, path: Path, base: str, kohya: bool = False) -> None:
@@ -83,19 +84,30 @@ def save(model: Model, path: Path, base: str, kohya: bool = False) -> None:
     write_json(path / ADAPTERS, asdict(model.recipe) | {"base": base})
 
 
+def _repack(networks: Mapping[str, nn.Module], weights: set[int]) -> None:
+    for network in networks.values():
+        packing.forget(network, weights)
+
+
 def _networks(model: Model) -> Mapping[str, nn.Module]:
     return {name: network for name, network in model.networks.items() if name != "vae"}
 
 
-def _teach(model: Model, file: Path) -> None:
+def _teach(model: Model, file: Path) -> str:
+    """Teach a word, and say which one it is."""
     word, vectors = embeddings.read(file)
     if len(vectors) != len(model.text_encoders):
         raise ValueError(
             f"{file}: made for {len(vectors)} text encoders, and this model has {len(model.text_encoders)}"
         )
     for tokenizer, encoder, rows in zip(model.tokenizers, model.text_encoders, vectors, strict=True):
-        embeddings.add(tokenizer, encoder, {word: rows}, {word: len(rows)})
+        try:
+            embeddings.add(tokenizer, encoder, {word: rows}, {word: len(rows)})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         embeddings.finish(encoder)
+    count = len(vectors[0])
+    return f"the word {word}" + (f" of {count} vectors" if count > 1 else "")
 
 
 def _only_words(path: Path) -> bool:

@@ -1,5 +1,7 @@
 """ControlNets (Zhang et al. 2302.05543): a picture, of edges or depth or poses, leads the U-Net."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,64 @@ from diffusion.models.stock import bare_packages
 with bare_packages():
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
+FAMILY = ("in_channels", "cross_attention_dim", "block_out_channels")  # what it has in common with its U-Net
 
-def load_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
-    """A stock ``ControlNetModel`` folder. ValueError if it is none, or was made for another family of models."""
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet, and where it comes from."""
+
+    net: ControlNetModel
+    path: Path
+
+
+def load_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> Control:
+    """A stock ``ControlNetModel`` folder. ValueError if it is none, or does not belong to the model."""
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is not a ControlNet folder: it has no config.json")
+    outline_control(path, model)
     try:
         net = ControlNetModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a ControlNet ({str(error).splitlines()[0]})") from None
-    for name in ("in_channels", "cross_attention_dim", "block_out_channels"):
+    return Control(net.to(device).eval(), path)
+
+
+def outline_control(path: str | Path, model: Model) -> Control:
+    """The same without its weights, on the meta device. ValueError if it is none, or does not belong to the model."""
+    path = Path(path)
+    config = _config(path)
+    if not [*path.glob("diffusion_pytorch_model*.safetensors")]:
+        raise ValueError(f"{path} has no weights: there is no diffusion_pytorch_model.safetensors")
+    try:
+        with torch.device("meta"):
+            net = ControlNetModel.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a ControlNet ({str(error).splitlines()[0]})") from None
+    for name in FAMILY:
         theirs, ours = (_plain(part.config[name]) for part in (net, model.unet))
         if theirs != ours:
             raise ValueError(f"{path}: made for a model whose {name} is {theirs}, and not {ours} as in {model.path}")
-    return net.to(device).eval()
+    factor = 2 ** (len(net.config["conditioning_embedding_out_channels"]) - 1)
+    if factor != model.factor:
+        raise ValueError(
+            f"{path}: reads pictures {factor} times as large as latents, and those of {model.path} are "
+            f"{model.factor} times as large"
+        )
+    return Control(net, path)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a folder says of itself. ValueError if that is no ControlNet."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not a ControlNet folder: it has no config.json")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / 'config.json'} cannot be read ({error})") from None
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "ControlNetModel":
+        raise ValueError(f"{path} is not a ControlNet: its config.json describes {kind or 'something else'}")
+    return config
 
 
 class Controlled:

@@ -39,6 +39,7 @@ class Recipe:
     height: int = 512
     steps: int = 30
     guidance_scale: float = 7.5
+    guidance_interval: list[float | None] | None = None  # sigma / alpha at which that guides: low, high
     sampler: str = "ddim"
     schedule: str = "trailing"
     trained_on: str = ""

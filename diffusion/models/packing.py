@@ -35,6 +35,14 @@ def unpack(network: nn.Module) -> None:
             del layer.forward
 
 
+def forget(network: nn.Module, weights: set[int]) -> None:
+    """Pack the weights of these ids anew: tensors made in inference mode do not tell that they have changed."""
+    for layer in network.modules():
+        packed = layer.__dict__.get("forward")
+        if isinstance(packed, _Packed) and id(packed.layer.weight) in weights:
+            packed.made_of = None
+
+
 class _Packed:
     """The forward of one layer."""
 
@@ -49,7 +57,7 @@ class _Packed:
         weight = layer.weight
         if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or self._is_special():
             return self.plain(layer, x)
-        made_of = (weight.data_ptr(), weight._version)
+        made_of = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self.made_of != made_of:
             self.weight, self.made_of = self._pack(weight.detach(), x), made_of
         if not self.convolves:

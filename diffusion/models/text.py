@@ -71,18 +71,11 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 @dataclass
 class Tokenizers:
-    """The tokenizers of a model folder alone, to check prompts with before any weights are read."""
+    """Tokenizers alone, which are all that reading a prompt needs."""
 
     tokenizers: list[CLIPTokenizer]
     text_encoders: Sequence[Any] = ()
     zero_empty: bool = False
-
-
-def read_tokenizers(folder: Path) -> Tokenizers:
-    """Those of a model folder; never looks at the network."""
-    return Tokenizers(
-        [load_tokenizer(path) for path in (folder / "tokenizer", folder / "tokenizer_2") if path.is_dir()]
-    )
 
 
 class TextParts(Protocol):

@@ -86,10 +86,18 @@ class DistillationLoss(nn.Module):
             without, within = objectives.denoised(
                 self.prediction, output, twice, torch.cat([alpha, alpha]), torch.cat([sigma, sigma])
             ).chunk(2)
-            denoised = without + self.settings.guidance * (within - without)
+            denoised = without + self._guidance(alpha, sigma) * (within - without)
             eps_share = sigma_end / sigma
             x = eps_share * x + (alpha_end - eps_share * alpha) * denoised
         return x
+
+    def _guidance(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
+        """The teacher's scale at the level of each sample, ``(B, 1, 1, 1)``: 1 outside of its interval."""
+        if self.settings.interval is None:
+            return self.settings.guidance
+        low, high = self.settings.interval
+        inside = (low * alpha < sigma) & (sigma <= high * alpha)
+        return torch.where(inside, self.settings.guidance, 1.0)
 
     def _unwanted(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The condition of the empty prompt, as often as there are samples."""

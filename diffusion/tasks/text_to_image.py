@@ -325,6 +325,8 @@ def _assemble(config: Config, pictures: list[Picture]) -> Model:
 def _recipe(config: Config, pictures: list[Picture], base: Recipe) -> Recipe:
     """What the config says of generating; what it leaves open is as in the model that was started from."""
     said = {name: value for name, value in dataclasses.asdict(config.recipe).items() if value is not None}
+    if "guidance_scale" in said:  # the base's interval goes with the base's scale
+        said.setdefault("guidance_interval", None)
     many = f"{len(pictures)} pictures of " if pictures[0].content is None else ""  # shards are not counted
     trained_on = f"{many}{config.data.path}" + (f", after {base.trained_on}" * bool(base.trained_on))
     return dataclasses.replace(
