@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (default: all): {', '.join(NAMES)}")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--quick", action="store_true", help="leave out what is compiled, and 512x512")
     parser.add_argument("--peer-script", type=Path, help="a train_text_to_image.py to time instead of our retelling")
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in NAMES]
@@ -31,7 +32,7 @@ def main() -> int:
     print(", ".join(f"{name}: {value}" for name, value in machine.items()), file=sys.stderr)
     rows = []
     for name in args.names or NAMES:
-        extra = {"peer_script": args.peer_script} if name == "training" else {}
+        extra = {"training": {"peer_script": args.peer_script}, "drawing": {"quick": args.quick}}.get(name, {})
         rows += import_module(f"benchmarks.{name}").rows(args.rounds, **extra)
     print(render(rows))
     if args.json is not None:

@@ -85,7 +85,9 @@ def test_a_single_file_is_the_folder(shelf, family):
     assert file.path == shelf / f"{family}.safetensors"
     assert (file.forward, file.recipe, file.zero_empty) == (folder.forward, folder.recipe, folder.zero_empty)
     assert [t.get_vocab() for t in file.tokenizers] == [t.get_vocab() for t in folder.tokenizers]
-    assert picture(shelf / f"{family}.safetensors").tobytes() == picture(shelf / family).tobytes()
+    assert psnr(picture(shelf / f"{family}.safetensors"), picture(shelf / family)) > 60, (
+        "weights lie elsewhere in memory"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -370,7 +372,8 @@ def test_a_cached_model_is_found_without_the_network(cache, offline, monkeypatch
 
 
 def test_what_is_not_cached_is_told_in_one_line(cache, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"^org/other is not in the local cache, .*$"):
         find_on_hub("org/other", offline=True)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -388,6 +391,8 @@ def test_what_is_not_cached_is_told_in_one_line(cache, monkeypatch):
 def test_only_full_safetensors_are_downloaded(cache, monkeypatch, shelf, tmp_path):
     from fnmatch import fnmatch
 
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     asked = []
 
     def download(name, *, allow_patterns, ignore_patterns, local_files_only):
@@ -437,10 +442,10 @@ def test_a_merged_lora_draws_what_the_model_with_it_draws(shelf, tmp_path, capsy
     beside = picture(shelf / family, loras={str(adapter): 0.7})
     assert psnr(beside, picture(shelf / family)) < 35, "it changes pictures"
     folder = exported(capsys, shelf / family, tmp_path / "merged", "--lora", f"{adapter}:0.7")
-    assert picture(folder).tobytes() == beside.tobytes()
+    assert psnr(picture(folder), beside) > 60
     assert psnr(draw(stock(folder), "red apple", 7), beside) > 60
     file = exported(capsys, shelf / f"{family}.safetensors", tmp_path / "m.safetensors", "-l", f"{adapter}:0.7")
-    assert picture(file).tobytes() == beside.tobytes()
+    assert psnr(picture(file), beside) > 60
 
 
 @pytest.mark.parametrize("family", FAMILIES)

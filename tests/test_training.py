@@ -903,6 +903,7 @@ def test_the_emoji_configs_go_on_bit_for_bit_after_a_kill(tmp_path, name):
     whole, killed = (config.load(ROOT / f"configs/{name}.yaml", [*few, f"name={end}"]) for end in ("whole", "killed"))
     trainer.train(whole, quiet=True)
     words, environment = command(tmp_path, killed)
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums are split otherwise by another number
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not (killed.folder / "checkpoints/step-00000002").is_dir() and process.poll() is None:
             time.sleep(0.01)

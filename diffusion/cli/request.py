@@ -74,6 +74,13 @@ class Request:
             wanted.check(places.read_limits(model))
         return cls(args, wanted, model, loras, axes, Outputs.check(args, wanted, bool(axes)))
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its weights are read as soon as its outline is, so that the outline is not worth making."""
+        from diffusion.loading import SMALL, count_weights
+
+        return count_weights(self.model) < SMALL
+
     def cells(self) -> list[Settings]:
         """The call, or what is compared: each may have other answers of the model's own."""
         return settings.variants(self.wanted, self.axes)[0] if self.axes else [self.wanted]
