@@ -57,7 +57,8 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
             return 0
         quiet_libraries()  # before any of them is imported
         request = Request.check(separate(args))
-        outline = request.load(weights=request.is_small and not args.dry_run)
+        at_once = request.is_small and not args.dry_run and not args.compile
+        outline = request.load(weights=at_once)
         plans = [outline.plan(one) for one in request.cells()]
         full = plans[0].full
         voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run, tokens=counted(plans))
@@ -66,7 +67,7 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
             for line in request.summary(plans):
                 voice.note(line)
             return 0
-        model = outline if request.is_small else request.load()
+        model = outline if at_once else request.load()
         steps = chain.from_iterable([model.run(one) for one in request.cells()])
         total = sum(plan.full.total_steps * sum(1 for _ in plan.batches()) for plan in plans)
         if args.seed is None:
