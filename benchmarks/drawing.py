@@ -155,16 +155,16 @@ def arithmetic(folder: Path, rounds: int) -> list[Row]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from diffusion.models.denoiser import predict
+    from diffusion.models.packing import pack, unpack
 
     model = TextToImage.load(folder, "cpu", "bf16").model
     x = torch.randn(2, 4, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     condition = {"context": torch.randn(2, 77, 768, dtype=torch.bfloat16)}
     t = torch.tensor([500.0, 500.0])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for layer in model.unet.modules():
-            layer.__dict__.pop("forward", None)  # the counter knows PyTorch's own operators
+        unpack(model.unet)  # the counter knows PyTorch's own operators
         predict(model.unet, x, t, condition)
-    model = TextToImage.load(folder, "cpu", "bf16").model
+    pack(model.unet)
     a = torch.randn(2048, 2048, dtype=torch.bfloat16)
 
     def forward() -> None:

@@ -30,11 +30,6 @@ class Canvas:
     mask: Pixels | None
     size: tuple[int, int]
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Width and height of what the network draws."""
-        return self.pixels.shape[1], self.pixels.shape[0]
-
     def cells(self, factor: int) -> npt.NDArray[np.float32] | None:
         """``(H / factor, W / factor)`` in 0 .. 1: how much of a latent cell is drawn anew, its most open pixel."""
         if self.mask is None:

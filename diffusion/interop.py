@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion.models import adapters, original
 from diffusion.models.clip_tokenizer import LENGTH, clip_tokenizer
-from diffusion.models.folder import TEXT_MODELS, Forward, Model, Recipe, read_recipe
+from diffusion.models.folder import TEXT_MODELS, Forward, Model, Recipe, check_channels, read_recipe
 from diffusion.models.stock import CLIPTokenizer
 from diffusion.models.text import load_tokenizer
 from diffusion.places import base_of
@@ -121,11 +121,7 @@ def outline_model(path: str | Path, prediction: str | None = None) -> Model:
         model.path, model.recipe, model.adapters = path, read_recipe(path), {}
         return model
     model = _outlined_file(path, prediction) if path.is_file() else _outlined_folder(path, prediction)
-    expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
-    if expected != found:
-        raise ValueError(
-            f"{path}: its U-Net reads {found} channels where {expected} are drawn: it draws from more than text"
-        )
+    check_channels(model, path)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.models.folder import Model, load_model
+from diffusion.models.folder import Model, check_channels, load_model
 from diffusion.models.packing import pack
 from diffusion.names import check_device, resolve_dtype
 from diffusion.places import base_of, find_model, is_hub_id
@@ -47,6 +47,8 @@ def read_model(
         model = load_model(path, device, dtype)
         if prediction is not None:
             model.forward = replace(model.forward, prediction=prediction)
+    hasten(model)
+    check_channels(model, path)
     hasten(model)
     expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
     if expected != found:

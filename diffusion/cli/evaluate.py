@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.cli.flags import Parser, whole
+from diffusion.cli.flags import Parser, only_model, whole
 
 PARAPHRASES = Path("assets/emoji/paraphrases.jsonl")
 
@@ -26,8 +26,7 @@ def run(argv: Sequence[str]) -> int:
         if args.help:
             parser.print_help()
             return 0
-        if len(args.model) > 1:
-            raise ValueError(f"one model at a time, not {len(args.model)}: {' '.join(args.model)}")
+        name = only_model(args.model)
         if args.count < 1:
             raise ValueError(f"--count {args.count} is not at least 1")
     except ValueError as error:
@@ -41,7 +40,6 @@ def run(argv: Sequence[str]) -> int:
     from diffusion.places import find_model
 
     try:
-        name = args.model[0] if args.model else "emoji"
         find_model(name)
         if args.paraphrases != PARAPHRASES and not args.paraphrases.is_file():
             raise ValueError(f"{args.paraphrases}: no such file of paraphrases")

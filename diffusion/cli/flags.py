@@ -38,6 +38,13 @@ def flags_of(argv: Sequence[str]) -> Sequence[str]:
     return argv[: list(argv).index("--")] if "--" in argv else argv
 
 
+def only_model(names: Sequence[str]) -> str:
+    """The one model that was named, or the shipped one. ValueError for several."""
+    if len(names) > 1:
+        raise ValueError(f"one model at a time, not {len(names)}: {' '.join(names)}")
+    return names[0] if names else "emoji"
+
+
 def whole(text: str) -> int:
     """A whole number."""
     return _read(int, text, "a whole number")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.cli.flags import Parser, whole
+from diffusion.cli.flags import Parser, only_model, whole
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,9 +20,7 @@ def run(argv: Sequence[str]) -> int:
         if args.help:
             parser.print_help()
             return 0
-        if len(args.model) > 1:
-            raise ValueError(f"one model at a time, not {len(args.model)}: {' '.join(args.model)}")
-        _tune(args.model[0] if args.model else "emoji", args.data, args.count, args.seed, args.dry_run)
+        _tune(only_model(args.model), args.data, args.count, args.seed, args.dry_run)
     except (ValueError, OSError) as error:
         print(f"diffusion tune: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion import schedules
+from diffusion.models.networks import spatial_factor
 from diffusion.models.stock import (
     AutoencoderKL,
     CLIPTextModel,
@@ -163,7 +164,7 @@ class Model:
     @property
     def factor(self) -> int:
         """Pixels per latent cell along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return spatial_factor(self.vae)
 
     @property
     def prediction(self) -> str:
@@ -209,6 +210,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         path=path,
         **second,
     )
+
+
+def check_channels(model: Model, path: Path) -> None:
+    """ValueError for a model whose U-Net reads more than the latents that it draws."""
+    expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
+    if expected != found:
+        raise ValueError(
+            f"{path}: its U-Net reads {found} channels where {expected} are drawn; a model made for inpainting or "
+            "upscaling alone cannot draw from text (any other model inpaints with --mask)"
+        )
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
