@@ -208,15 +208,15 @@ class Drawing:
         wordings = [shot._replace(seed=0, to_seed=None) for shot in shots]
         known = {wording: self._condition(wording, chunks) for wording in dict.fromkeys(wordings)}
         wanted = _stacked([known[wording] for wording in wordings])
-        unwanted = _stacked([self._condition(Shot(full.negative_prompt, 0), chunks)] * len(shots))
         if "pooled" in wanted:  # SDXL is told the size that its picture is to look like, and where it is cut: nowhere
             width, height = descent.sides(self.model.factor)
-            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(shots), -1)
-            wanted["sizes"] = unwanted["sizes"] = sizes
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+            wanted["sizes"] = sizes.expand(len(shots), -1)
         make = partial(network_denoiser, self._network(descent), self.model.schedule, self.model.prediction)
         assert full.guidance_scale is not None, "filled() gave it"
         if full.guidance_scale == 1:
             return make(wanted)
+        unwanted = wanted | _stacked([self._condition(Shot(full.negative_prompt, 0), chunks)] * len(shots))
         both = {name: torch.cat([unwanted[name], wanted[name]]) for name in wanted}
         low, high = full.guidance_interval or (0.0, None)
         interval = None if full.guidance_interval is None else (low, math.inf if high is None else high)
