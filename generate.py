@@ -1,8 +1,10 @@
 """Make pictures from text: ``python generate.py "a red apple"``. See ``--help``."""
 
 import sys
+from functools import partial
 
+from diffusion.cli import enter
 from diffusion.cli.generate import run
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], prog="generate.py"))
+    enter(partial(run, sys.argv[1:], prog="generate.py"))

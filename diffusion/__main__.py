@@ -2,7 +2,7 @@
 
 import sys
 
-from diffusion.cli import main
+from diffusion.cli import enter
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter()

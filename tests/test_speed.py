@@ -117,3 +117,13 @@ def test_candidates_take_turns_and_the_first_one_shows_the_noise():
     assert not noisy.counts
     assert not Row.of("P0", "a figure", noisy, "peer", "ours", 2.5).met
     assert "too noisy" in render([Row.of("P0", "a figure", noisy, "peer", "ours", 2.5)])
+
+
+def test_a_command_is_not_held_up_by_looking_for_garbage():
+    """What imports leave behind is looked through neither at every thousandth object nor once more at the exit."""
+    code = (
+        "import atexit, gc; from diffusion.cli import enter; "
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0, gc.get_threshold()[0] > 10_000)); enter(lambda: 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (3, ["True", "True"])

@@ -56,6 +56,9 @@ def check(model: Model, loras: Sequence[tuple[Path, float]]) -> None:
 @contextmanager
 def lent(model: Model, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
     """Within the block LoRAs are merged into the model; afterwards it is what it was, to the last bit."""
+    if not loras:
+        yield
+        return
     networks, before = _networks(model), dict[int, tuple[Tensor, Tensor]]()
     try:
         for path, strength in loras:

@@ -23,7 +23,7 @@ class Compiled:
     def __init__(self, unet: Any) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))  # a second start finds what the first one made
         unpack(unet)  # freezing packs weights by itself, and cannot see into ours
-        self.unet, self.device, self.dtype = unet, unet.device, unet.dtype
+        self.unet, self.parameters, self.dtype = unet, unet.parameters, unet.dtype
         self.fast = torch.compile(unet, dynamic=False)
         self.trusted: dict[tuple[Any, ...], bool] = {}
         self.report = ""

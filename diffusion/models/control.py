@@ -83,7 +83,7 @@ class Controlled:
     def __init__(self, unet: Any, net: Any, image: Tensor, scale: float) -> None:
         self.unet, self.net, self.scale = unet, net, scale
         self.image = image.to(unet.device, net.dtype)
-        self.device, self.dtype = unet.device, unet.dtype
+        self.parameters = unet.parameters
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Any:
         image = self.image.repeat(len(x) // len(self.image), 1, 1, 1)

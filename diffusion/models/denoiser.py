@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion import objectives
+from diffusion.models.networks import first_weight
 from diffusion.samplers import Denoise
 from diffusion.schedules import Level, NoiseSchedule
 
@@ -27,8 +28,9 @@ def network_denoiser(unet: Any, schedule: NoiseSchedule, prediction: str, condit
 
     The network runs in its own dtype; x and the estimate stay in the dtype of x.
     """
-    dtype = unet.dtype
-    condition = {name: value.to(unet.device, dtype) for name, value in condition.items()}
+    weight = first_weight(unet)
+    dtype = weight.dtype
+    condition = {name: value.to(weight.device, dtype) for name, value in condition.items()}
 
     @torch.inference_mode()
     def denoise(x: Tensor, level: Level) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion import schedules
-from diffusion.models.networks import spatial_factor
+from diffusion.models.networks import first_weight, spatial_factor
 from diffusion.models.stock import (
     AutoencoderKL,
     CLIPTextModel,
@@ -165,6 +165,16 @@ class Model:
     def factor(self) -> int:
         """Pixels per latent cell along one side."""
         return spatial_factor(self.vae)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its U-Net is."""
+        return first_weight(self.unet).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its U-Net computes in."""
+        return first_weight(self.unet).dtype
 
     @property
     def prediction(self) -> str:

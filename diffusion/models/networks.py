@@ -60,6 +60,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def first_weight(network: Any) -> Tensor:
+    """Tells device and dtype; the stock classes look through all of their layers for that, a millisecond each time."""
+    return next(iter(network.parameters()))
+
+
 def spatial_factor(vae: AutoencoderKL) -> int:
     """Pixels per latent cell along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
@@ -88,8 +93,8 @@ def to_latents(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """Pictures from latents ``(B, C, h, w)`` as the U-Net sees them. FloatingPointError if they are not finite."""
     shift = vae.config.shift_factor
-    raw = latents / vae.config.scaling_factor + (0.0 if shift is None else shift)
-    pixels = torch.cat([vae.decode(one.to(vae.dtype)).sample for one in raw.split(1)])
+    dtype, raw = first_weight(vae).dtype, latents / vae.config.scaling_factor + (0.0 if shift is None else shift)
+    pixels = torch.cat([vae.decode(one.to(dtype)).sample for one in raw.split(1)])
     if not torch.isfinite(pixels).all():
         raise FloatingPointError("the autoencoder put out numbers that are not finite: try --dtype fp32")
     return to_images(pixels)
@@ -110,8 +115,9 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 @contextmanager
 def wrapped_edges(networks: Iterable[nn.Module], axes: str) -> Iterator[None]:
     """Within the block, beyond an edge of the axes ``x`` and ``y`` convolutions see the opposite one: pictures tile."""
-    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    padded = [layer for layer in layers if any(layer.padding) and not isinstance(layer.padding, str)] if axes else []
+    every = (layer for network in networks for layer in network.modules()) if axes else ()
+    layers = [layer for layer in every if isinstance(layer, nn.Conv2d)]
+    padded = [layer for layer in layers if any(layer.padding) and not isinstance(layer.padding, str)]
     for layer in padded:
         layer._conv_forward = partial(_wrapped, layer, axes)  # type: ignore[method-assign]
     try:
