@@ -44,7 +44,7 @@ def enter(run: Callable[[], int] = main) -> NoReturn:
     Importing the libraries makes millions of objects that live to the end. To look through them for garbage, again and
     again and once more at the exit, is a quarter of the time of a first picture.
     """
-    gc.set_threshold(100_000)
+    gc.set_threshold(1_000_000)
     code = run()
     gc.freeze()
     sys.exit(code)

@@ -1,5 +1,6 @@
 """``diffusion train CONFIG.yaml [key=value ...]``: train a model, or go on where the run of that name stopped."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
         settings = config.load(argv[0] if argv else "", _overrides(argv[1:]))
         from diffusion import trainer
 
+        gc.set_threshold(700, 10, 10)  # Python's own: a run of days cannot put garbage off as a start can (cli.enter)
         said = trainer.describe(settings) if dry_run else trainer.train(settings)
         _say(said, sys.stdout)
     except ValueError as error:
