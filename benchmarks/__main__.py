@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import sys
 from dataclasses import asdict
 from importlib import import_module
@@ -27,6 +26,7 @@ def main() -> int:
     import torch
 
     from benchmarks.table import render
+    from diffusion.precision import processor
 
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(", ".join(f"{name}: {value}" for name, value in machine.items()), file=sys.stderr)
@@ -38,13 +38,6 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     return 0
-
-
-def processor() -> str:
-    """Its name, as the system tells it."""
-    from diffusion.precision import _processor
-
-    return _processor() or platform.processor()
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ def arithmetic(folder: Path, rounds: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def random_sd15(folder: Path) -> Path:
-    """A model folder of Stable Diffusion 1.5's shapes with random weights, in float32; its text encoder is small."""
+def random_sd15(folder: Path, widths: tuple[int, ...] = (320, 640, 1280, 1280)) -> Path:
+    """A model folder of Stable Diffusion 1.5's shapes with random weights, in float32; its vocabulary is small."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from diffusion.models.folder import Forward, Model, Recipe, save_model
@@ -206,7 +206,7 @@ def random_sd15(folder: Path) -> Path:
     model = Model(
         tokenizer=tokenizer,
         text_encoder=build_text_encoder(text, tokenizer),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=widths),
         vae=vae,
         forward=Forward(),
         recipe=Recipe(),

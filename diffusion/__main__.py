@@ -1,7 +1,5 @@
 """``python -m diffusion`` is the ``diffusion`` command."""
 
-import sys
-
 from diffusion.cli import enter
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +15,11 @@ from torch import Tensor
 from diffusion import canvas, prompts, rng
 from diffusion.canvas import Canvas
 from diffusion.guidance import classifier_free_guidance, keep_known
-from diffusion.loading import hash_files, weight_files
 from diffusion.models import adapters, previews, text
 from diffusion.models.denoiser import network_denoiser
 from diffusion.models.folder import Model
 from diffusion.models.networks import decode, to_latents, to_pixels, wrapped_edges
-from diffusion.places import find_lora
+from diffusion.places import find_lora, hash_files, weight_files
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale, rotate, seed_noise
 from diffusion.schedules import Level, levels, levels_of
 from diffusion.settings import Settings, Shot
@@ -198,7 +197,7 @@ class Drawing:
         width, height = (side // self.model.factor for side in descent.sides(self.model.factor))
         shape = (self.model.unet.config.in_channels, height, width)
         drawn = [_on_the_way(shot, lambda seed: seed_noise(seed, shape)) for shot in shots]
-        return torch.stack(drawn).to(self.model.unet.device)
+        return torch.stack(drawn).to(self.model.device)
 
     # --- what it goes down by
 
@@ -234,7 +233,7 @@ class Drawing:
     def _network(self, descent: Descent) -> Any:
         """The U-Net, or the U-Net as a ControlNet leads it."""
         if self.control is None or self.guide is None:
-            return self.model.unet if self.model.compiled is None else self.model.compiled
+            return self.model.unet
         from diffusion.models.control import Controlled  # slow to import
 
         board = canvas.pad_to(canvas.fit(self.guide, descent.size), self.model.factor)
@@ -284,14 +283,8 @@ def _named(path: Path) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    """Of the weights of a LoRA or ControlNet: asked for with every picture, and read once."""
-    files = weight_files(path)
-    return _hash_once(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
-
-
-@cache
-def _hash_once(files: tuple[Path, ...], changed: tuple[int, ...]) -> str:
-    return hash_files(files)
+    """Of the weights of a LoRA or ControlNet."""
+    return hash_files(weight_files(path))
 
 
 def _stacked(conditions: Sequence[Condition]) -> Condition:

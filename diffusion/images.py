@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from diffusion.names import SAMPLERS, SCHEDULES
 
@@ -30,7 +30,7 @@ TEXTS = ("parameters", "diffusion")
 STAGED = ".diffusion-"  # what the name of a file that is still being written begins with
 MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
 SLUG_BYTES = 80
-EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
+EXIF_IFD, USER_COMMENT, IMAGE_DESCRIPTION, MAKE, MODEL = 0x8769, 0x9286, 0x010E, 0x010F, 0x0110
 WRITTEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # AUTOMATIC1111's name of a value -> it, None: left out
     "Steps": lambda made: made.get("steps"),
     "Sampler": lambda made: _known_as(SAMPLERS, made.get("sampler")),
@@ -203,17 +203,26 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises ValueError when the file is no PNG, JPEG or WebP picture.
     """
-    try:
-        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-            texts = texts_of(image) if image.format == "PNG" else _exif_texts(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-    found: dict[str, Any] = dict(texts)
+    texts, _ = read_texts(path)
+    found: dict[str, Any] = {key: texts[key] for key in TEXTS if key in texts}
     try:
         found["diffusion"] = json.loads(texts["diffusion"])
     except (KeyError, json.JSONDecodeError):
         found.pop("diffusion", None)  # another program's text under our key is not ours to read
     return found
+
+
+def read_texts(path: str | os.PathLike[str]) -> tuple[dict[str, str], tuple[int, int]]:
+    """All texts that a picture carries, whoever wrote them, and its width and height. ValueError for no picture."""
+    try:
+        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            if not isinstance(image, PngImageFile):
+                return _exif_texts(image), image.size
+            # what is behind the pixels, where some programs write, is found by reading them
+            kept: Mapping[Any, Any] = image.info if TEXTS[0] in image.info else image.text
+            return {key: text for key, text in kept.items() if isinstance(text, str)}, image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def metadata_texts(made: Mapping[str, Any]) -> dict[str, str]:
@@ -318,14 +327,28 @@ def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
+    """The texts of a JPEG or WebP: ours, and ``key:text`` where ComfyUI puts it."""
     exif = image.getexif()
     comment, description = exif.get_ifd(EXIF_IFD).get(USER_COMMENT), exif.get(IMAGE_DESCRIPTION)
     texts = {}
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        texts["parameters"] = comment[8:].decode("utf-16-be", "replace")
+    for tag in (MAKE, MODEL):
+        key, colon, text = str(exif.get(tag, "")).partition(":")
+        if colon and text.startswith("{"):
+            texts[key] = text
+    if isinstance(comment, bytes):
+        texts["parameters"] = _user_comment(comment)
     if isinstance(description, str):
         texts["diffusion"] = description
-    return texts
+    return {key: text for key, text in texts.items() if text}
+
+
+def _user_comment(comment: bytes) -> str:
+    """EXIF 2.3: a character code of 8 bytes, then the text; of UTF-16 programs write either order of bytes."""
+    code, text = comment[:8], comment[8:]
+    if code != b"UNICODE\0":
+        return text.decode("utf-8", "replace").strip("\0 ") if code == b"ASCII\0\0\0" else ""
+    order = "be" if text[::2].count(0) >= text[1::2].count(0) else "le"
+    return text.decode(f"utf-16-{order}", "replace").strip("\0")
 
 
 def _known_as(names: Mapping[str, str], name: str | None) -> str | None:

@@ -1,7 +1,6 @@
 """From a name to a model in memory: where it is, how it is read, on which device, in which precision, and its hash."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from diffusion.models.folder import Model, check_channels, load_model
 from diffusion.models.packing import pack
 from diffusion.names import check_device, resolve_dtype
-from diffusion.places import base_of, find_model, is_hub_id
+from diffusion.places import base_of, find_model, hash_files, is_hub_id, weight_files
 from diffusion.precision import fast_dtype
 
 SMALL = 100_000_000  # weights of a U-Net; Stable Diffusion's has 860 million
@@ -65,10 +64,13 @@ def hasten(model: Model) -> None:
         network.to(memory_format=torch.channels_last)
         if network.device.type == "cpu":
             pack(network)
+    for layer in model.vae.modules():  # in place, on what a norm has just made; a U-Net's would change its shared times
+        if isinstance(layer, torch.nn.SiLU):
+            layer.inplace = True
 
 
 def compile_network(model: Model) -> None:
-    """Draw with a compiled U-Net from now on. ValueError for one whose weights have to stay changeable."""
+    """Draw with a compiled U-Net from now on; its weights must not change afterwards."""
     from diffusion.models.compiled import Compiled  # slow to import
 
     model.compiled = Compiled(model.unet)
@@ -121,22 +123,4 @@ def hash_of(model: Model) -> str:
     digest = hashlib.sha256()
     for weight in model.unet.state_dict().values():
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:10]
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Those of a model folder, of a folder of adapters with its base, or the one file."""
-    if path.is_file():
-        return [path]
-    base = base_of(path)
-    return sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors"), *(weight_files(base) if base else [])])
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """Ten hexadecimal digits of the SHA-256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
     return digest.hexdigest()[:10]

@@ -1,12 +1,23 @@
-"""How much memory a training step takes, and how large a batch may be for it to fit."""
+"""How much memory a training step takes, and how large a batch may be for it to fit; what drawing takes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from diffusion.models.denoiser import predict
+from diffusion.models.folder import Model
+from diffusion.settings import Settings
+
+KEPT = 107 * 2**20  # by kernels and their libraries once they have run; this and COPIES were measured on a CPU
+COPIES = 3  # of what is alive: kernels read and write layouts of their own
 MARGIN = 1.25  # buffers of kernels and of the backward pass, on top of what autograd keeps
 
 
@@ -63,3 +74,84 @@ def _runs(loss: Callable[[], Tensor]) -> bool:
         return False
     finally:
         torch.cuda.empty_cache()
+
+
+class Drawn(NamedTuple):
+    """Bytes of the tensors that drawing takes."""
+
+    weights: int
+    evaluation: int  # of the U-Net, with a batch and, where it is guided, with its negative prompt
+    decoding: int  # of one picture
+
+    @property
+    def peak(self) -> int:
+        """What a process grows by; a batch is decoded when its last step is done, one picture at a time."""
+        return self.weights + COPIES * max(self.evaluation, self.decoding) + KEPT
+
+    def __str__(self) -> str:
+        """In words."""
+        most = "an evaluation of the U-Net" if self.evaluation > self.decoding else "decoding a picture"
+        sizes = [f"{count / 2**30:.2f} GiB" for count in (self.peak, self.weights)]
+        return f"about {sizes[0]} beside the libraries, {sizes[1]} of it weights, and most in {most} (as on a CPU)"
+
+
+def drawing_bytes(model: Model, full: Settings, dtype: torch.dtype, chunks: int = 1) -> Drawn:
+    """What the tensors of a filled request take, counted on a model without weights: nothing is computed."""
+    assert full.batch_size is not None, "filled() gives the batch size"
+    networks = list(model.networks.values())
+    share = dtype.itemsize / networks[0].dtype.itemsize
+    weights = [part for network in networks for part in (*network.parameters(), *network.buffers())]
+    rows = min(full.batch_size, full.count) * (1 if full.guidance_scale == 1 else 2)
+    width, height = (-(-side // model.factor) for side in full.finished)
+    x = torch.empty(rows, model.unet.config.in_channels, height, width, device="meta")
+    known = _condition(model, rows, chunks)
+    evaluation = _peak(lambda: predict(model.unet, x, torch.empty(rows, device="meta"), known), weights)
+    one = torch.empty(1, model.vae.config.latent_channels, height, width, device="meta")
+    decoding = _peak(lambda: model.vae.decode(one).sample, weights)
+    kept = sum(tensor.nbytes for tensor in weights)
+    return Drawn(*(int(count * share) for count in (kept, evaluation, decoding)))
+
+
+def _condition(model: Model, rows: int, chunks: int) -> dict[str, Tensor]:
+    """What a U-Net is told, in its shape."""
+    length = chunks * model.tokenizer.model_max_length
+    shapes: dict[str, tuple[int, ...]] = {"context": (rows, length, model.unet.config.cross_attention_dim)}
+    if model.text_encoder_2 is not None:
+        shapes |= {"pooled": (rows, model.text_encoder_2.config.projection_dim), "sizes": (rows, 6)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _peak(run: Callable[[], Any], weights: Iterable[Tensor]) -> int:
+    """The most bytes of new tensors that are alive at once."""
+    with torch.inference_mode(), _Attention(), _Living(weights) as living:
+        run()
+    return living.peak
+
+
+class _Living(TorchDispatchMode):
+    """Which tensors are alive, looked at after each operation."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._alive = dict[int, tuple[StorageWeakRef, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **({} if kwargs is None else kwargs))
+        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._weights:
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return made
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the kernels do it: without the matrix of all queries and keys, which would be counted otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **({} if kwargs is None else kwargs))

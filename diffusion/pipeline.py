@@ -82,10 +82,11 @@ class TextToImage:
         A Hub id is looked for in the local cache first, and with ``offline`` nowhere else. ``loras`` are put on the
         model, each so strongly; ``lora_folder`` (``loras``) is where ``<lora:name>`` looks; ``control`` is a
         ControlNet's folder; ``prediction`` is for a model that does not say what its network puts out; ``compile``
-        compiles the U-Net, which pays after minutes of drawing. ``device`` None or "auto" takes the fastest one
-        present, ``dtype`` None what that is fast at. Without ``weights`` it draws nothing, but in a moment it makes
-        the ``plan`` of a request, and refuses what drawing would. Raises ValueError for what is no model, for a LoRA
-        or ControlNet that does not fit it, and for a device or dtype this machine lacks.
+        compiles the U-Net, which pays after minutes of drawing, and computes a small model too in what the device is
+        fast at. ``device`` None or "auto" takes the fastest one present, ``dtype`` None what that is fast at. Without
+        ``weights`` it draws nothing, but in a moment it makes the ``plan`` of a request, and refuses what drawing
+        would. Raises ValueError for what is no model, for a LoRA or ControlNet that does not fit it, and for a device
+        or dtype this machine lacks.
         """
         from diffusion import interop, loading
         from diffusion.models import adapters
@@ -93,7 +94,9 @@ class TextToImage:
         prediction, folder = resolve_prediction(prediction), _lora_folder(lora_folder)
         where = loading.choose_device(device)
         found = loading.locate(path, offline=offline)
-        kind = loading.choose_dtype(_name_of(dtype), where, loading.count_weights(found) if weights else 0)
+        least = loading.SMALL if compile else 0  # who compiles asks for speed, of a small model too
+        count = max(least, loading.count_weights(found)) if weights else 0
+        kind = loading.choose_dtype(_name_of(dtype), where, count)
         read = partial(loading.read_model, device=where, dtype=kind) if weights else interop.outline_model
         model = read(found, prediction=prediction)
         for lora, strength in (loras or {}).items():
@@ -121,7 +124,7 @@ class TextToImage:
 
     def run(self, wanted: Settings) -> Iterator[Progress]:
         """The steps of a checked request."""
-        if self.model.unet.device.type == "meta":
+        if self.model.device.type == "meta":
             raise ValueError("this model was loaded without its weights: it plans, and draws nothing")
         drawing = self.plan(wanted)
         return (step for shots in drawing.batches() for step in self._batch(drawing, shots))
@@ -203,8 +206,8 @@ class TextToImage:
             "model_hash": self.model_hash,
             **({} if self.prediction is None else {"prediction": self.prediction}),
             **drawing.facts(shot),
-            "dtype": str(self.model.unet.dtype).removeprefix("torch."),
-            "device": self.model.unet.device.type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
             "version": __version__,
             "torch": torch.__version__,
         }

@@ -1,9 +1,11 @@
 """Where models and what is put on them are found, and what their JSON files allow. Nothing slow is imported."""
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +102,31 @@ def base_of(folder: Path) -> Path | None:
         return find_model(base)
     except ValueError as error:
         raise ValueError(f"{folder} belongs to another model: {error}") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Those of a model folder, of a folder of adapters with its base, or the one file."""
+    if path.is_file():
+        return [path]
+    base = base_of(path)
+    return sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors"), *(weight_files(base) if base else [])])
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Ten hexadecimal digits of the SHA-256 of files, one after the other. Read once, unless they change."""
+    return digest_once(tuple(files), tuple(file.stat().st_mtime_ns for file in files))[:10]
+
+
+@cache
+def digest_once(files: tuple[Path, ...], changed: tuple[int, ...], start: int = 0) -> str:
+    """The whole SHA-256 of files, one after the other; of each what is behind ``start``."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            stream.seek(start)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def word_tokens(word: str, vectors: int) -> list[str]:

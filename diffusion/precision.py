@@ -25,7 +25,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 def _remembered(probe: Callable[[], bool]) -> bool:
     """What a probe found on this machine with this PyTorch, measured once and kept in the user's cache."""
-    name = f"{_processor()} {torch.get_num_threads()} {torch.__version__} {probe.__name__}"
+    name = f"{processor()} {torch.get_num_threads()} {torch.__version__} {probe.__name__}"
     file = Path.home() / ".cache" / "diffusion" / "machine.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def _remembered(probe: Callable[[], bool]) -> bool:
     return bool(known[name])
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name, as far as the system tells it."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

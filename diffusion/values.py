@@ -1,7 +1,8 @@
 """One value of a request: checked, and made Python's own whatever library it comes from. Nothing slow is imported."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Union
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Source = Union[str, "Path", "Image.Image", "npt.NDArray[Any]"]  # a picture, its pixels, or where one is
+SIDES = ("left", "top", "right", "bottom")
 
 
 def text(name: str, value: Any) -> str:
@@ -115,3 +117,65 @@ def sigmas(name: str, value: Any) -> tuple[float, ...]:
 def _several(value: Any) -> list[Any]:
     """Those of a list or an array; of anything else, none."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+
+
+# --- a value as people write it: a flag, a cell of a table, an option of a line
+
+
+def read_whole(written: str) -> int:
+    """A whole number."""
+    return _read(int, written, "a whole number")
+
+
+def read_number(written: str) -> float:
+    """A number."""
+    return _read(float, written, "a number")
+
+
+def read_numbers(written: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(read_number(part) for part in written.split(","))
+
+
+def read_switch(written: str) -> bool:
+    """``true`` or ``false``."""
+    if written.lower() not in ("true", "false"):
+        raise ValueError(f"{written!r} is neither true nor false")
+    return written.lower() == "true"
+
+
+def read_size(written: str) -> tuple[int, int]:
+    """``128x64`` as (width, height)."""
+    found = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", written.strip())
+    if found is None:
+        raise ValueError(f"{written!r} is not WIDTHxHEIGHT, for instance 128x64")
+    return int(found[1]), int(found[2])
+
+
+def read_interval(written: str) -> tuple[float, float | None]:
+    """``0.3,5`` as two numbers; ``0.3,inf`` has no end."""
+    found = read_numbers(written)
+    if len(found) != 2:
+        raise ValueError(f"{written!r} is not LOW,HIGH")
+    return found[0], None if found[1] == math.inf else found[1]
+
+
+def read_sides(written: str) -> tuple[int, int, int, int]:
+    """``left=64,top=32`` as the pixels on each side."""
+    found: dict[str, int] = {}
+    for part in written.split(","):
+        side, _, pixels = part.strip().partition("=")
+        if side not in SIDES or not re.fullmatch(r"\d+", pixels):
+            raise ValueError(f"{written!r} is not like left=64,top=32,right=64,bottom=0")
+        if side in found:
+            raise ValueError(f"{written!r} has {side} twice")
+        found[side] = int(pixels)
+    left, top, right, bottom = (found.get(side, 0) for side in SIDES)
+    return left, top, right, bottom
+
+
+def _read(kind: Callable[[str], Any], written: str, meant: str) -> Any:
+    try:
+        return kind(written)
+    except ValueError:
+        raise ValueError(f"{written!r} is not {meant}") from None

@@ -14,10 +14,10 @@ LAYERS = (  # top to bottom; __init__ is the front door: it may open every room,
     {"cli", "__main__"},
     {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"}
     | {"drawing", "loading", "tuning"},
-    {"checkpoint", "interop", "images", "canvas", "sheets", "memory"},
+    {"checkpoint", "interop", "foreign", "images", "records", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
-    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"},
+    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"} | {"options", "jobs", "manifest"},
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 WALLS = {

@@ -197,11 +197,12 @@ def test_a_compiled_unet_is_used_only_if_it_proves_equal(monkeypatch, right):
         return fast
 
     monkeypatch.setattr(torch, "compile", compiler)
-    made = Compiled(Network())
+    network = Network()
+    made = Compiled(network)
     x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 3, 8)
-    assert torch.equal(made(x, 1, encoder_hidden_states=context)[0], x * 2)
+    assert torch.equal(network(x, 1, encoder_hidden_states=context)[0], x * 2)
     calls.clear()
-    assert torch.equal(made(x, 1, encoder_hidden_states=context)[0], x * 2)
+    assert torch.equal(network(x, 1, encoder_hidden_states=context)[0], x * 2)
     assert calls == (["fast"] if right else ["eager"])
     assert ("s to compile" in made.report) == right
     assert ("is not used" in made.report) != right

@@ -2,10 +2,13 @@
 
 import argparse
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
+from diffusion import values
 from diffusion.names import did_you_mean
+
+Value = TypeVar("Value")
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,31 +48,17 @@ def only_model(names: Sequence[str]) -> str:
     return names[0] if names else "emoji"
 
 
-def whole(text: str) -> int:
-    """A whole number."""
-    return _read(int, text, "a whole number")
+def _flag(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """What reads a value, as argparse wants it: only an error of its own reaches the user as it is."""
+
+    def read_flag(text: str) -> Value:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_flag
 
 
-def number(text: str) -> float:
-    """A number."""
-    return _read(float, text, "a number")
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    return tuple(number(part) for part in text.split(","))
-
-
-def size(text: str) -> tuple[int, int]:
-    """``128x64`` as (width, height)."""
-    found = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for instance 128x64")
-    return int(found[1]), int(found[2])
-
-
-def _read(kind: Any, text: str, meant: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {meant}") from None
+whole, number, numbers = _flag(values.read_whole), _flag(values.read_number), _flag(values.read_numbers)
+size, interval, sides = _flag(values.read_size), _flag(values.read_interval), _flag(values.read_sides)

@@ -11,10 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion.cli import again
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate
@@ -23,7 +25,8 @@ from diffusion.settings import PICTURES, Settings, Shot, variants
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusion.pipeline import Progress
+    from diffusion.pipeline import Progress, TextToImage
+    from diffusion.records import Recalled, Verdict
 
 Keep = Callable[["Image.Image", Shot], "Path | None"]
 
@@ -56,32 +59,81 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
             reader.print_help()
             return 0
         quiet_libraries()  # before any of them is imported
-        request = Request.check(separate(args))
-        at_once = request.is_small and not args.dry_run and not args.compile
-        outline = request.load(weights=at_once)
-        plans = [outline.plan(one) for one in request.cells()]
-        full = plans[0].full
-        voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run, tokens=counted(plans))
-        tell(outline.model.reports, voice)
-        if args.dry_run:
-            for line in request.summary(plans):
-                voice.note(line)
-            return 0
-        model = outline if at_once else request.load()
-        steps = chain.from_iterable([model.run(one) for one in request.cells()])
-        total = sum(plan.full.total_steps * sum(1 for _ in plan.batches()) for plan in plans)
-        if args.seed is None:
-            voice.note(f"seed {full.seed}")
+        calls = again.apart(separate(args))
+        if args.prompts is not None:
+            from diffusion.cli.jobs import draw_list  # which draws as this room does
+
+            return draw_list(args, voice)
+        loaded: dict[str, TextToImage] = {}
+        requests = [Request.check(one) for one in calls]
+        left = [begin(request, voice, loaded) for request in requests]
     except ValueError as error:
         voice.trouble("error", str(error))
         return 2
-    if request.axes or request.outputs.animation is not None:
+    return max(call() for call in left)
+
+
+def begin(request: Request, voice: "Voice", loaded: "dict[str, TextToImage]") -> Callable[[], int]:
+    """All of a call that comes before its first step; what is left to do. ValueError if it cannot be met."""
+    args = request.args
+    at_once = request.is_small and not args.dry_run and not args.compile
+    outline = request.load(loaded, weights=at_once)
+    plans = [outline.plan(one) for one in request.cells()]
+    full = plans[0].full
+    voice.event("start", **_plain(full), model=str(request.model), dry_run=args.dry_run, tokens=counted(plans))
+    if request.made is not None:
+        tell_again(request.made, voice)
+    tell(outline.model.reports, voice)
+    if args.dry_run:
+        for line in request.summary(plans):
+            voice.note(line)
+        return lambda: 0
+    model = request.load(loaded)
+    steps = chain.from_iterable([model.run(one) for one in request.cells()])
+    total = sum(plan.full.total_steps * sum(1 for _ in plan.batches()) for plan in plans)
+    if args.seed is None:
+        voice.note(f"seed {full.seed}")
+    return partial(finish, request, model, steps, full, voice, total)
+
+
+def finish(
+    request: Request, model: "TextToImage", steps: "Iterator[Progress]", full: Settings, voice: "Voice", total: int
+) -> int:
+    """Draw, and return the exit code."""
+    code = 0
+    if request.args.verify:
+        code = judge(steps, request, voice, total)
+    elif request.axes or request.outputs.animation is not None:
         together(steps, request, full, voice, total)
     else:
         apart(steps, request, full, voice, total)
-    if args.compile:
+    if request.args.compile:
         voice.note(f"--compile: {model.model.compiled.report}")
-    return 0
+    return code
+
+
+def judge(steps: "Iterator[Progress]", request: Request, voice: "Voice", total: int) -> int:
+    """Say how near a picture that is drawn again comes; it is written only where a place was named."""
+    verdicts = list["Verdict"]()
+    assert request.made is not None, "--verify needs a picture"
+    verify = request.made.verify
+
+    def keep(image: "Image.Image", shot: Shot) -> "Path | None":
+        verdicts.append(verify(image))
+        return None if request.args.output is None else _save(image, shot, request.outputs)
+
+    draw(steps, keep, voice, total)
+    voice.verdict(verdicts[0])
+    return 0 if verdicts[0].identical else 1
+
+
+def tell_again(made: "Recalled", voice: "Voice") -> None:
+    """What a picture is drawn again from, what flags change, and what is not what it was."""
+    changes = "".join(f"; {change}" for change in made.changes)
+    voice.note(f"from {made.path}, as {made.program} wrote it{changes}")
+    voice.event("recalled", path=str(made.path), program=made.program, changes=made.changes, notes=made.notes)
+    for note in made.notes:
+        voice.trouble("warning", f"warning: {made.path}: {note}")
 
 
 def tell(reports: Mapping[str, str], voice: "Voice") -> None:
@@ -93,7 +145,6 @@ def tell(reports: Mapping[str, str], voice: "Voice") -> None:
 
 def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> None:
     """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them."""
-    from diffusion.images import save_image, slugify
     from diffusion.sheets import make_grid, save_film, save_sheet
 
     images: list[Image.Image] = []
@@ -102,8 +153,7 @@ def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: 
 
     def keep(image: "Image.Image", shot: Shot) -> Path:
         images.append(image)
-        slug = slugify(shot.prompt)
-        return save_image(image, outputs.pictures, seed=shot.seed, slug=slug, metadata=outputs.metadata)
+        return _save(image, shot, outputs)
 
     draw(watched(steps, outputs, frames), keep, voice, total)
     if outputs.grid is not None:
@@ -162,12 +212,17 @@ def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int) ->
             bar.update()
             voice.event("step", index=step.index, total=step.total, seeds=step.seeds)
             for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
-                if image.getbbox() is None:
-                    raise FloatingPointError(f"the picture of seed {shot.seed} came out black and was not saved")
+                refuse_black(image, shot.seed)
                 path = keep(image, shot)
                 with bar.external_write_mode():
                     if path is not None:
                         voice.picture(path, prompt=shot.prompt, seed=shot.seed)
+
+
+def refuse_black(image: "Image.Image", seed: int) -> None:
+    """FloatingPointError for a picture in which nothing is."""
+    if image.getbbox() is None:
+        raise FloatingPointError(f"the picture of seed {seed} came out black and was not saved")
 
 
 @dataclass(frozen=True)
@@ -188,11 +243,11 @@ class Voice:
         if not self.json and not self.quiet:
             print(f"{self.prog}: {text}", file=sys.stderr)
 
-    def trouble(self, kind: str, message: str) -> None:
+    def trouble(self, kind: str, message: str, **facts: Any) -> None:
         """A warning or an error: one line on stderr, and an event."""
         line = " ".join(message.split())
         print(f"{self.prog}: {line}", file=sys.stderr)
-        self.event(kind, message=line)
+        self.event(kind, message=line, **facts)
 
     def picture(self, path: Path, **facts: Any) -> None:
         """A picture that was written: its path, or an event that holds it."""
@@ -201,6 +256,15 @@ class Voice:
         else:
             print(path, flush=True)
 
+    def verdict(self, verdict: "Verdict") -> None:
+        """How near a picture that was drawn again comes to the first one: the result, so on stdout."""
+        if self.json:
+            facts = {name: getattr(verdict, name) for name in ("identical", "levels", "differs")}
+            decibels = None if verdict.identical else verdict.decibels
+            self.event("verified", path=str(verdict.path), **facts, decibels=decibels)
+        else:
+            print(verdict, flush=True)
+
 
 def reason(error: Exception) -> str:
     """A failure in one line: its first, and what to do where that is known."""
@@ -208,6 +272,13 @@ def reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "allocate memory" in text:
         return "out of memory: ask for --batch-size 1, or a smaller --size"
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
+
+
+def _save(image: "Image.Image", shot: Shot, outputs: Outputs) -> Path:
+    from diffusion.images import save_image, slugify
+
+    slug = slugify(shot.prompt)
+    return save_image(image, outputs.pictures, seed=shot.seed, slug=slug, metadata=outputs.metadata)
 
 
 def _call(full: Settings) -> dict[str, Any]:

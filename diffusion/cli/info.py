@@ -33,9 +33,10 @@ def _described(what: str) -> Any:
 
         return describe(what)
     if Path(what).is_file():
-        from diffusion.images import read_metadata
+        from diffusion.foreign import shown
+        from diffusion.images import read_metadata, read_texts
 
-        return read_metadata(what)
+        return shown(read_texts(what)[0]) | read_metadata(what)
     folder = places.find_model(what)
     files = ("recipe.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     return {"path": str(folder)} | {

@@ -43,8 +43,10 @@ class Outputs:
         animation = Path(args.output) if animated else None
         if animation is not None and animation.is_dir():
             raise ValueError(f"--output {animation} is a folder, and an animation is one file")
-        written = [animation] if animation is not None else _written(pictures, wanted)
-        _check_distinct(written, {f"--{name}": path for name, path in files.items()}, wanted)
+        read = [(name, getattr(wanted, name)) for name in PICTURES] + [("from_image", args.from_image)]
+        if files or any(source is not None for _, source in read):
+            written = [animation] if animation is not None else _written(pictures, wanted)
+            _check_distinct(written, {f"--{name}": path for name, path in files.items()}, read)
         _check_counts(args, wanted, compares, animated)
         _check_lossless(pictures, wanted, animated)
         return cls(pictures, animation, args.grid, args.film, args.preview, not args.no_metadata)
@@ -82,9 +84,9 @@ def _written(pictures: "Output", wanted: Settings) -> list[Path]:
     return [render(pictures, index=first + n, seed=seed, slug=slug) for n, (seed, slug) in enumerate(shots)]
 
 
-def _check_distinct(written: Sequence[Path], files: Mapping[str, Path], wanted: Settings) -> None:
+def _check_distinct(written: Sequence[Path], files: Mapping[str, Path], read: Sequence[tuple[str, Any]]) -> None:
     """That no file is written over by another, or is a picture that is read."""
-    taken = {Path(str(source)).resolve(): name for name in PICTURES if (source := getattr(wanted, name)) is not None}
+    taken = {Path(str(source)).resolve(): name for name, source in read if source is not None}
     for path in written:
         if path.resolve() in taken:
             raise ValueError(f"--output {path} is {taken[path.resolve()]} too: give each a file of its own")

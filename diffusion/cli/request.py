@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion import names, places, settings
-from diffusion.cli.flags import Parser, number, numbers, size, whole
+from diffusion.cli import again
+from diffusion.cli.flags import Parser, interval, number, numbers, sides, size, whole
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.names import SAMPLERS, SCHEDULES
 from diffusion.settings import Settings
@@ -20,17 +21,19 @@ from diffusion.settings import Settings
 if TYPE_CHECKING:
     from diffusion.drawing import Drawing
     from diffusion.pipeline import TextToImage
+    from diffusion.records import Recalled
 
 EXAMPLES = """examples:
   %(prog)s "a red apple"
   %(prog)s "a red apple" "a green apple" --num-images 4 --seed 7 --output apples/
   %(prog)s "a red apple" --sampler "DPM++ 2M" --steps 12 --output "apple-{seed}.png"
   %(prog)s "a green apple" --init-image apple.png --mask half.png
+  %(prog)s --prompts rows.jsonl --output out/ --resume
+  %(prog)s --from-image apple.png --steps 12
   %(prog)s panda --compare steps=5,10,20 cfg=1,3,7
 
 Exit code: 0 done, 2 a request that cannot be met, 1 a failure while running, 130 interrupted.
 """
-SIDES = ("left", "top", "right", "bottom")
 WORDS = dict.fromkeys(("sampler", "schedule", "negative_prompt"), str)  # fields to compare that are no numbers
 FLOATS = ("guidance_scale", "guidance_rescale", "strength", "hires_strength", "control_scale", "variation_strength")
 
@@ -45,34 +48,28 @@ class Request:
     loras: dict[str, float]
     axes: dict[str, list[Any]]
     outputs: Outputs
+    made: "Recalled | None"  # the picture that is drawn again
 
     @classmethod
     def check(cls, args: Namespace) -> "Request":
         """Check everything that needs no library but, at the end, Pillow. Raises ValueError for the first fault."""
-        given = {item.name: getattr(args, item.name) for item in fields(Settings) if item.name != "prompts"}
-        if args.size is not None:
-            if args.width is not None or args.height is not None:
-                raise ValueError("--size and --width/--height say the same thing: give one of them")
-            given["width"], given["height"] = args.size
-        seeded = Settings(prompts=("",), seed=given["seed"]).seeded()
-        given["seed"] = seeded.seed
-        wanted = Settings(prompts=(*args.words, *args.prompt, *_listed(args, seeded)), **given)
-        names.check_device(args.device)
-        names.resolve_dtype(args.dtype, args.device)
-        names.resolve_prediction(args.prediction)
-        loras = _loras(args.lora)
-        if (args.control is None) != (wanted.control_image is None):
-            raise ValueError("--control and --control-image belong together: a ControlNet and a picture to lead by")
-        for name in settings.PICTURES:
-            if getattr(wanted, name) is not None:
-                settings.sides_of(getattr(wanted, name))
+        if args.wildcards is not None or args.resume:
+            flag = "--resume" if args.resume else "--wildcards"
+            raise ValueError(f"{flag} is for the prompts of a list: give --prompts as well")
+        loras, made = check_call(args), None
+        if args.from_image is None:
+            wanted = Settings(prompts=(*args.words, *args.prompt), **fields_of(args)).seeded()
+        else:
+            made = again.ask(args, given_of(args))
+            args, wanted, loras = again.settled(args, made), made.settings.seeded(), dict(made.loras)
+        check_pictures(args, wanted)
         axes = _axes(args.compare)
         if axes:
             settings.variants(wanted, axes)
         model = find_model(args.model, offline=args.offline)
         if (places.base_of(model) or model).is_dir():  # of a file only its header tells
             wanted.check(places.read_limits(model))
-        return cls(args, wanted, model, loras, axes, Outputs.check(args, wanted, bool(axes)))
+        return cls(args, wanted, model, loras, axes, Outputs.check(args, wanted, bool(axes)), made)
 
     @property
     def is_small(self) -> bool:
@@ -85,22 +82,17 @@ class Request:
         """The call, or what is compared: each may have other answers of the model's own."""
         return settings.variants(self.wanted, self.axes)[0] if self.axes else [self.wanted]
 
-    def load(self, *, weights: bool = True) -> "TextToImage":
-        """The model with all that is put on it; without weights it is there in a moment, and draws nothing."""
-        from diffusion.pipeline import TextToImage
+    def load(self, loaded: "dict[str, TextToImage]", *, weights: bool = True) -> "TextToImage":
+        """The model with all that is put on it; without weights it is there in a moment, and draws nothing.
 
-        return TextToImage.load(
-            self.model,
-            self.args.device,
-            self.args.dtype,
-            self.loras,
-            control=self.args.control,
-            lora_folder=self.args.lora_dir,
-            prediction=self.args.prediction,
-            compile=self.args.compile,
-            offline=self.args.offline,
-            weights=weights,
-        )
+        One that was ``loaded`` for another picture is taken again.
+        """
+        args = self.args
+        machine = (args.device, args.dtype, args.control, args.lora_dir, args.prediction, weights)
+        key = repr((self.model, self.loras, machine))
+        if key not in loaded:
+            loaded[key] = load_model(args, self.model, self.loras, weights=weights)
+        return loaded[key]
 
     def summary(self, plans: "Sequence[Drawing]") -> Iterator[str]:
         """What would be drawn, in a line, and of each prompt how the encoder reads it."""
@@ -110,7 +102,8 @@ class Request:
         model = " + ".join([str(self.model), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
         first = f"{' by '.join(axes)}, the first in " if axes else ""
         size, where = "{}x{}".format(*full.finished), ", ".join(self.outputs.places(**name_parts(full)))
-        yield f"would draw {pictures}, {size}, with {model}: {first}{_how(full)}, seed {full.seed}, to {where}"
+        yield f"would draw {pictures}, {size}, with {model}: {first}{how(full)}, seed {full.seed}, to {where}"
+        yield f"memory: {memory_of(self.args, self.model, max(plans, key=pixels_at_once))}"
         for written, line in counted(plans).items():
             yield f"{written!r}: {line}"
 
@@ -127,7 +120,22 @@ def counted(plans: "Sequence[Drawing]") -> dict[str, str]:
     }
 
 
-def _how(full: Settings) -> str:
+def pixels_at_once(plan: "Drawing") -> int:
+    """Of a batch."""
+    width, height = plan.full.finished
+    return width * height * min(plan.full.batch_size or 1, plan.full.count)
+
+
+def memory_of(args: Namespace, path: Path, plan: "Drawing") -> str:
+    """What a plan takes, in words."""
+    from diffusion.loading import choose_device, choose_dtype, count_weights
+    from diffusion.memory import drawing_bytes
+
+    dtype = choose_dtype(args.dtype, choose_device(args.device), count_weights(path))
+    return str(drawing_bytes(plan.model, plan.full, dtype, max(map(plan.words.chunks, plan.full.shots()))))
+
+
+def how(full: Settings) -> str:
     """Steps, with what a picture to begin from and drawing again make of them, and guidance."""
     assert full.steps is not None, "filled() gave them"
     grid = f"on {full.schedule}" if full.sigmas is None else "at the sigmas given"
@@ -169,25 +177,54 @@ def find_model(name: str, *, offline: bool) -> Path:
     return places.find_model(find_on_hub(name, offline))
 
 
-def _listed(args: Namespace, seeded: Settings) -> list[str]:
-    """The prompts of a file, a line each, with their {choices|of words} and __wildcards__ drawn."""
-    if args.prompts is None:
-        if args.wildcards is not None:
-            raise ValueError("--wildcards is for the prompts of a list: give --prompts as well")
-        return []
-    from diffusion.prompts import expand, read_wildcards
+def fields_of(args: Namespace) -> dict[str, Any]:
+    """What the flags say of the fields of ``Settings``, but for the prompts; the defaults of those they do not give."""
+    return {name: value for name, value in again.DEFAULTS.items() if name != "prompts"} | given_of(args)
 
-    try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{args.prompts} cannot be read as a list of prompts ({error})") from None
-    rows = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not rows:
-        raise ValueError(f"{args.prompts} holds no prompt: write one a line")
-    assert seeded.seed is not None, "seeded() gave it"
-    named, folder = args.wildcards is not None, Path("wildcards") if args.wildcards is None else args.wildcards
-    wildcards = read_wildcards(folder) if named or folder.is_dir() else {}
-    return [expand(text, seeded.seed, row, wildcards) for row, text in enumerate(rows)]
+
+def given_of(args: Namespace) -> dict[str, Any]:
+    """The fields of ``Settings`` that flags give, but for the prompts: a flag that is left out is None."""
+    given = {item.name: getattr(args, item.name) for item in fields(Settings) if item.name != "prompts"}
+    if args.size is not None:
+        if args.width is not None or args.height is not None:
+            raise ValueError("--size and --width/--height say the same thing: give one of them")
+        given["width"], given["height"] = args.size
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def check_call(args: Namespace) -> dict[str, float]:
+    """What is wrong whatever is drawn; the LoRAs, and how strong each is."""
+    names.check_device(args.device)
+    names.resolve_dtype(args.dtype, args.device)
+    names.resolve_prediction(args.prediction)
+    return _loras(args.lora)
+
+
+def check_pictures(args: Namespace, wanted: Settings) -> None:
+    """That the pictures that are read are there, and a ControlNet where it has one."""
+    if (args.control is None) != (wanted.control_image is None):
+        raise ValueError("--control and --control-image belong together: a ControlNet and a picture to lead by")
+    for name in settings.PICTURES:
+        if getattr(wanted, name) is not None:
+            settings.sides_of(getattr(wanted, name))
+
+
+def load_model(args: Namespace, model: Path, loras: dict[str, float], *, weights: bool) -> "TextToImage":
+    """A model as the flags ask for it."""
+    from diffusion.pipeline import TextToImage
+
+    return TextToImage.load(
+        model,
+        args.device,
+        args.dtype,
+        loras,
+        control=args.control,
+        lora_folder=args.lora_dir,
+        prediction=args.prediction,
+        compile=args.compile,
+        offline=args.offline,
+        weights=weights,
+    )
 
 
 def compared(text: str) -> tuple[str, list[Any]]:
@@ -201,30 +238,10 @@ def compared(text: str) -> tuple[str, list[Any]]:
     return name.replace("-", "_"), [kind(value.strip()) for value in values.split(",")]
 
 
-def extension(text: str) -> tuple[int, int, int, int]:
-    """``left=64,top=32`` as the pixels on each side."""
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        side, _, pixels = part.strip().partition("=")
-        if side not in SIDES or not re.fullmatch(r"\d+", pixels):
-            raise argparse.ArgumentTypeError(f"{text!r} is not like left=64,top=32,right=64,bottom=0")
-        if side in found:
-            raise argparse.ArgumentTypeError(f"{text!r} has {side} twice")
-        found[side] = int(pixels)
-    left, top, right, bottom = (found.get(side, 0) for side in SIDES)
-    return left, top, right, bottom
-
-
-def interval(text: str) -> tuple[float, float | None]:
-    """``0.3,5`` as two numbers; ``0.3,inf`` has no end."""
-    found = numbers(text)
-    if len(found) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH")
-    return found[0], None if found[1] == math.inf else found[1]
-
-
 def separate(args: Namespace) -> Namespace:
-    """A prompt that came behind the values of --compare is a prompt."""
+    """A prompt that came behind the values of --compare is a prompt; and where no picture names a model, ours draws."""
+    if args.model is None and args.from_image is None:
+        args.model = "emoji"
     taken: Sequence[str] = args.compare or ()
     try:
         args.compare = [compared(word) for word in taken if re.match(r"[a-z][a-z_-]*=", word)]
@@ -260,13 +277,15 @@ def parser(prog: str) -> Parser:
 def _add_words(add: Callable[..., Any], own: str) -> None:
     add("words", metavar="PROMPT", nargs="*", help="what to draw; several prompts make several pictures")
     add("-p", "--prompt", action="append", default=[], help="one more prompt; may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help="more prompts, one a line, with {one|or other} and __wildcard__")
+    add("--prompts", type=Path, metavar="FILE", help="a list, a row a picture: .txt, .jsonl or .csv, with own settings")
+    add("--resume", action="store_true", help="of the list only what its manifest does not hold as done")
     add("--wildcards", type=Path, metavar="DIR", help="where __name__ finds its lines, DIR/name.txt (wildcards/)")
-    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
-    add("--literal", action="store_true", help="take (brackets:1.2), BREAK and <lora:...> in prompts as text")
-    add("--long-prompts", action="store_true", help="read more than the encoder was made for, in chunks")
-    add("--clip-skip", type=whole, default=1, metavar="N", help="layer of the text encoder: 2 is the last but one")
-    add("-m", "--model", default="emoji", help="folder, .safetensors file, Hub id or shipped model (%(default)s)")
+    add("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
+    switch = partial(add, action="store_true", default=None)
+    switch("--literal", help="take (brackets:1.2), BREAK and <lora:...> in prompts as text")
+    switch("--long-prompts", help="read more than the encoder was made for, in chunks")
+    add("--clip-skip", type=whole, metavar="N", help="layer of the text encoder: 2 is the last but one")
+    add("-m", "--model", help="folder, .safetensors file, Hub id or shipped model (emoji)")
     add("--prediction", metavar="KIND", help="epsilon or v, for a file that does not say what its network puts out")
     add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
     add("--lora-dir", type=Path, metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
@@ -276,12 +295,12 @@ def _add_words(add: Callable[..., Any], own: str) -> None:
 def _add_how(add: Callable[..., Any], own: str) -> None:
     add("--steps", type=whole, help=f"denoising steps ({own})")
     add("--guidance-scale", "--cfg", "--cfg-scale", type=number, metavar="SCALE", help=f"1 turns it off ({own})")
-    add("--guidance-rescale", type=number, default=0.0, metavar="SHARE", help="against burnt contrast, about 0.7")
+    add("--guidance-rescale", type=number, metavar="SHARE", help="against burnt contrast, about 0.7")
     add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="guide only at these sigma / alpha")
     add("--sampler", help=f"{', '.join(SAMPLERS)} ({own})")
     add("--schedule", help=f"{', '.join(SCHEDULES)} ({own})")
     add("--sigmas", type=numbers, metavar="S,S,...", help="sigma / alpha of every step, in place of a schedule")
-    add("--tile", default="", metavar="x|y|xy", help="edges that fit each other")
+    add("--tile", metavar="x|y|xy", help="edges that fit each other")
 
 
 def _add_which(add: Callable[..., Any], own: str) -> None:
@@ -289,7 +308,7 @@ def _add_which(add: Callable[..., Any], own: str) -> None:
     add("-W", "--width", type=whole, help=f"in pixels ({own})")
     add("-H", "--height", type=whole, help=f"in pixels ({own})")
     add("--size", type=size, metavar="WxH", help="both at once, for instance 128x64")
-    add("--num-images", type=whole, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    add("--num-images", type=whole, metavar="N", help="pictures of each prompt (default: 1)")
     add("--batch-size", type=whole, metavar="N", help="pictures drawn at once (default: what fits)")
     add("--variation-seed", type=whole, metavar="SEED", help="vary the picture of --seed towards this one, + k")
     add("--variation-strength", type=number, metavar="SHARE", help="how far, 0 to 1")
@@ -307,11 +326,12 @@ def _add_which(add: Callable[..., Any], own: str) -> None:
 
 
 def _add_pictures(add: Callable[..., Any], own: str) -> None:
+    add("--from-image", nargs="+", action="extend", metavar="FILE", help="draw these again; flags change what they say")
     add("-i", "--init-image", metavar="FILE", help="begin from this picture")
     add("--strength", type=number, help="how much of it is drawn anew, up to 1 (0.75; with a mask 1)")
     add("--mask", metavar="FILE", help="white is drawn anew, black stays to the last bit")
     add("--mask-blur", type=number, metavar="PIXELS", help="how softly, inside the mask (4)")
-    add("--extend", type=extension, metavar="left=64,...", help="draw beyond the edges: left, top, right, bottom")
+    add("--extend", type=sides, metavar="left=64,...", help="draw beyond the edges: left, top, right, bottom")
     add("--hires", type=number, metavar="TIMES", help="draw it again so many times as large")
     add("--hires-strength", type=number, metavar="SHARE", help="how much of that anew (0.5)")
     add("--control", metavar="DIR", help="a ControlNet's folder, which leads by")
@@ -325,8 +345,9 @@ def _add_outputs(add: Callable[..., Any], own: str) -> None:
     add("--grid", type=Path, metavar="FILE", help="all pictures on one sheet as well")
     add("--preview", type=Path, metavar="FILE", help="what it looks like so far, after every step")
     add("--film", type=Path, metavar="FILE", help="how it came about: an animation (.gif) or a strip (.png)")
-    switch("--json", help="one JSON event a line on stdout: start, step, image, warning, error")
+    switch("--json", help="one JSON event a line on stdout: start, step, image, error, done ...")
     switch("--dry-run", help="check the request, say what would be drawn, and stop")
+    switch("--verify", help="compare with --from-image and write nothing; exit code 0 only if no pixel differs")
     switch("--no-metadata", help="leave out how the picture was made")
     switch("--quiet", help="no progress bar, no notes")
 

@@ -143,7 +143,7 @@ class Model:
     tokenizer_2: CLIPTokenizer | None = None  # SDXL has two text encoders
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zero_empty: bool = False
-    compiled: Any = None  # what is called in place of the U-Net, if it was compiled
+    compiled: Any = None  # what the U-Net's forward has become, if it was compiled
     adapters: dict[str, float] = field(default_factory=dict)  # what was merged into the weights, and how strongly
     reports: dict[str, str] = field(default_factory=dict)  # what a person may want to know of each LoRA
 

@@ -9,9 +9,8 @@ from tqdm import tqdm
 from diffusion.config import Config
 from diffusion.data.source import Picture, open_folder
 from diffusion.images import read_metadata, save_image
-from diffusion.loading import hash_files, weight_files
 from diffusion.pipeline import TextToImage
-from diffusion.places import find_model
+from diffusion.places import find_model, hash_files, weight_files
 
 
 def prior_folder(config: Config) -> Path:

@@ -1,0 +1,134 @@
+"""What has come of the rows of a list, one line each in ``manifest.jsonl``, and who is at work on which of them.
+
+A row is known by a key: a hash of what it asks for. A line is appended whole and settled on disk before the next row
+begins. A process claims a row by a lock that the system takes back when the process ends, however it ends: nothing has
+to be cleaned up after one that was killed.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+NAME, LOCKS = "manifest.jsonl", ".manifest.lock"
+AT_WORK, APPENDING, ROWS = 0, 1, 2  # bytes of the lock file; those from ROWS on stand for keys
+
+
+class Manifest:
+    """The manifest of a folder, for one call. Several processes may work on the same list at once.
+
+    Without ``resume`` only what was done since this call began counts. A process that finds others at work joins them.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(folder / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._locks = os.open(folder / LOCKS, os.O_RDWR | os.O_CREAT, 0o666)
+        self._read = self._begin()
+        earlier = os.pread(self._file, self._read, 0) if resume else b""
+        self._lines = {line["key"]: line for line in _lines(earlier)}
+        self._fresh = set[str]()
+
+    def close(self) -> None:
+        """Leave the list to others."""
+        os.close(self._locks)
+        os.close(self._file)
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def line_of(self, key: str) -> dict[str, Any] | None:
+        """The last that was told of a row."""
+        news = {line["key"]: line for line in self._news()}
+        self._lines |= news
+        self._fresh |= news.keys()
+        return self._lines.get(key)
+
+    def is_settled(self, key: str) -> bool:
+        """Whether a row has come to an end, whoever drew or refused it; one that failed before this call may yet be."""
+        line = self.line_of(key)
+        return is_done(line) or key in self._fresh or (line is not None and line["status"] == "refused")
+
+    def wait(self) -> None:
+        """Until nobody else is at work."""
+        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, AT_WORK)
+        self._lock(AT_WORK, wait=True)
+
+    @contextmanager
+    def claim(self, key: str, *, wait: bool = False) -> Iterator[bool]:
+        """Whether the row is ours to draw: nobody has done it, and nobody is at it. ``wait`` until nobody is."""
+        byte = ROWS + int(key[:12], 16)
+        if not self._lock(byte, wait=wait):
+            yield False
+            return
+        try:
+            yield not is_done(self.line_of(key))
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write what has come of a row, whole or not at all; a line that was torn before stays apart from it."""
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._lock(APPENDING, wait=True)
+        try:
+            end = os.fstat(self._file).st_size
+            torn = end > 0 and os.pread(self._file, 1, end - 1) != b"\n"
+            data = b"\n" * torn + data
+            if os.write(self._file, data) != len(data):
+                raise OSError("the manifest cannot be written: is the disk full?")
+            os.fsync(self._file)
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, APPENDING)
+
+    def _begin(self) -> int:
+        """Where the lines of this call begin, or of those that are at work already."""
+        if not self._lock(AT_WORK):
+            fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
+            began = int(os.pread(self._locks, 32, 0) or 0)
+        else:
+            began = os.fstat(self._file).st_size
+            os.ftruncate(self._locks, 0)
+            os.pwrite(self._locks, str(began).encode(), 0)
+            fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
+        return began
+
+    def _lock(self, byte: int, *, wait: bool = False) -> bool:
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):  # somebody has it; which of the two is said depends on the system
+            return False
+        return True
+
+    def _news(self) -> Iterator[dict[str, Any]]:
+        """Lines that were not yet read, as far as they are whole."""
+        data = os.pread(self._file, max(0, os.fstat(self._file).st_size - self._read), self._read)
+        whole = data.rfind(b"\n") + 1
+        self._read += whole
+        yield from _lines(data[:whole])
+
+
+def finished(folder: Path) -> set[str]:
+    """The keys of the rows that a folder holds as done; nothing is written."""
+    file = folder / NAME
+    lines = {line["key"]: line for line in _lines(file.read_bytes())} if file.is_file() else {}
+    return {key for key, line in lines.items() if is_done(line)}
+
+
+def is_done(line: Mapping[str, Any] | None) -> bool:
+    """Whether a line tells of pictures that are still there."""
+    return line is not None and line["status"] == "done" and all(Path(one["path"]).is_file() for one in line["images"])
+
+
+def _lines(data: bytes) -> Iterator[dict[str, Any]]:
+    """Those that tell of a row; one that was torn, by a power cut or a full disk, tells nothing."""
+    for text in data.split(b"\n"):
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and {"key", "status"} <= line.keys():
+                yield line
