@@ -460,12 +460,13 @@ def test_every_event_is_documented():
 
 def resident(code):
     """MiB by which a fresh process has grown at its peak since it had its libraries."""
-    script = (
-        "import resource, psutil, diffusion.drawing, diffusion.interop, diffusion.models.packing\n"
+    script = (  # getrusage would tell of the parent's memory
+        "import psutil, diffusion.drawing, diffusion.interop, diffusion.models.packing\n"
         "from diffusion import TextToImage\n"
         "before = psutil.Process().memory_info().rss\n"
         f"{code}\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print((int(peak.split()[1]) * 1024 - before) / 2**20)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", script]
