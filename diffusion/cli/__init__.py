@@ -10,6 +10,7 @@ from diffusion.names import did_you_mean
 
 COMMANDS = {
     "generate": "make pictures from text",
+    "ui": "draw on a page in the browser",
     "train": "train a model from a config",
     "evaluate": "measure a model",
     "tune": "find how few steps a model needs",

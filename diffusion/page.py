@@ -1,0 +1,352 @@
+"""The page of ``diffusion ui``: what a ``Studio`` does, in a browser. Everything in it comes from this machine."""
+
+import html
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageChops
+
+from diffusion import canvas
+from diffusion.cli.generate import reason
+from diffusion.images import parse_parameters, read_metadata
+from diffusion.names import SAMPLERS, SCHEDULES
+from diffusion.studio import Form, Seen, Studio
+from diffusion.values import Source
+
+FIELDS = tuple(item.name for item in fields(Form) if item.name not in ("init_image", "mask"))
+SHELF = 60  # thumbnails
+FONTS = {
+    "font": [gr.themes.Font("system-ui"), "sans-serif"],
+    "font_mono": [gr.themes.Font("ui-monospace"), "monospace"],
+}
+HIDDEN = ("Model hash", "RNG", "Version")  # of the facts of a picture, what says nothing to look at
+CANVAS = 512  # pixels of the empty editor
+PAINT = "#4f46e5"  # only how opaque it is counts
+
+Updates = dict[Any, Any]
+
+
+def show(studio: Studio, host: str, port: int, *, browser: bool) -> None:
+    """Serve the page until Ctrl-C. OSError if the port is taken meanwhile."""
+    page = Page(studio)
+    page.blocks.queue(default_concurrency_limit=8)  # the studio draws one after the other; the others are told to wait
+    try:
+        _, url, _ = page.blocks.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=gr.themes.Default(
+                primary_hue="indigo", neutral_hue="slate", spacing_size="sm", text_size="sm", **FONTS
+            ),
+            css=STYLE,
+        )
+        print(url, flush=True)
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            print("diffusion ui: whoever reaches this machine can draw here, and see the pictures", file=sys.stderr)
+        threading.Event().wait()
+    finally:
+        studio.closed = True
+        page.blocks.close(verbose=False)
+
+
+class Page:
+    """The widgets, and what happens when they are touched."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.stops: set[str] = set()  # sessions whose drawing is to end
+        with gr.Blocks(title="diffusion", analytics_enabled=False, fill_width=True) as self.blocks:
+            gr.HTML(f"<h1>diffusion</h1><p>{html.escape(studio.title)}</p>", elem_id="title")
+            with gr.Row(elem_id="desk"):
+                with gr.Column(scale=5, min_width=300, elem_id="asked"):
+                    self._ask(Form.of(studio.model.model.recipe))
+                with gr.Column(scale=8, min_width=320, elem_id="drawn"):
+                    self._easel()
+                with gr.Column(scale=5, min_width=300, elem_id="kept"):
+                    self._shelf()
+            self._wire()
+
+    # --- what is there
+
+    def _ask(self, own: Form) -> None:
+        """The fields, and the buttons that draw and stop."""
+        made: dict[str, Any] = {
+            "prompt": gr.Textbox("", label="Prompt", placeholder="a red apple", lines=2, autofocus=True),
+            "negative_prompt": gr.Textbox("", label="Negative prompt", lines=1, placeholder="what to keep away from"),
+        }
+        with gr.Row():
+            self.go = gr.Button("Draw", variant="primary", scale=3, min_width=90)
+            self.stop = gr.Button("Stop", scale=1, min_width=60)
+        with gr.Row(elem_id="seed-row"):
+            made["seed"] = gr.Textbox("", label="Seed", placeholder="random", max_lines=1, scale=4, min_width=130)
+            self.random = gr.Button("Random", size="sm", scale=1, min_width=70)
+            self.reuse = gr.Button("Reuse last", size="sm", scale=1, min_width=84)
+        with gr.Row():
+            made["steps"] = gr.Number(own.steps, label="Steps", min_width=70)
+            made["guidance_scale"] = gr.Number(own.guidance_scale, label="Guidance", step=0.5, min_width=70)
+            made["guidance_interval"] = gr.Textbox(
+                own.guidance_interval, label="Guided at", placeholder="everywhere", max_lines=1, min_width=70
+            )
+        with gr.Row():
+            made["width"] = gr.Number(own.width, label="Width", step=8, min_width=70)
+            made["height"] = gr.Number(own.height, label="Height", step=8, min_width=70)
+            made["num_images"] = gr.Number(1, label="Pictures", minimum=1, min_width=70)
+        with gr.Row():
+            made["sampler"] = gr.Dropdown(_choices(SAMPLERS), value=own.sampler, label="Sampler", min_width=100)
+            made["schedule"] = gr.Dropdown(_choices(SCHEDULES), value=own.schedule, label="Schedule", min_width=100)
+        self.fields = made
+
+    def _easel(self) -> None:
+        """What is drawn, and what it is drawn from."""
+        with gr.Tabs() as self.tabs:
+            with gr.Tab("Drawing", id="drawing"):
+                self.picture = gr.Image(
+                    label="The picture",
+                    show_label=False,
+                    interactive=False,
+                    height=404,
+                    buttons=["download", "fullscreen"],
+                    elem_id="picture",
+                    placeholder="What you ask for appears here, from the first step on.",
+                )
+            with gr.Tab("Begin from a picture", id="beginning"):
+                self.editor = gr.ImageEditor(
+                    label="A picture to begin from; what is painted over is drawn anew",
+                    show_label=False,
+                    type="pil",
+                    sources=("upload", "clipboard"),
+                    transforms=(),
+                    layers=False,
+                    height=336,
+                    canvas_size=(CANVAS, CANVAS),
+                    brush=gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed"),
+                    format="png",
+                    image_mode="RGBA",
+                    placeholder="Drop a picture here\nThen paint over what is to be drawn anew, or leave it as it is",
+                    buttons=[],
+                    elem_id="editor",
+                )
+                self.fields["strength"] = gr.Textbox(
+                    "",
+                    label="Strength",
+                    placeholder="how much of it is drawn anew, up to 1 (0.75; with paint on it 1)",
+                    max_lines=1,
+                )
+        self.status = gr.HTML(_note("Ready."), elem_id="status")
+        self.command = gr.Textbox(
+            label="The command line that draws this again",
+            lines=3,
+            max_lines=3,
+            interactive=False,
+            elem_id="command",
+        )
+        self.copy = gr.Button("Copy the command line", size="sm")
+
+    def _shelf(self) -> None:
+        """What was drawn before, and how."""
+        self.gallery = gr.Gallery(
+            label="Pictures",
+            show_label=False,
+            columns=4,
+            height=336,
+            object_fit="contain",
+            allow_preview=False,
+            buttons=[],
+            interactive=False,
+            elem_id="gallery",
+        )
+        self.facts = gr.HTML("<p>Click a picture to see how it was made.</p>", elem_id="facts")
+        self.back = gr.Button("Put its settings into the fields", size="md")
+        self.listed = gr.State([])  # the paths in the gallery
+        self.shown = gr.State(None)  # the path of the picture that is looked at
+
+    # --- what happens
+
+    def _wire(self) -> None:
+        asked = [*(self.fields[name] for name in FIELDS), self.editor]
+        looked = [self.picture, self.facts, self.command, self.shown]
+        drawn = [self.picture, self.status, self.gallery, self.listed, self.tabs, self.facts, self.command, self.shown]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        gr.on([self.go.click, self.fields["prompt"].submit], self._draw, asked, drawn, **quiet)
+        self.stop.click(self._stop, None, None, queue=False, **quiet)
+        self.blocks.unload(self._stop)
+        self.copy.click(None, self.command, None, js="line => navigator.clipboard.writeText(line)", **quiet)
+        self.random.click(lambda: "", None, self.fields["seed"], **quiet)
+        self.reuse.click(self._reuse, self.shown, [self.fields["seed"], self.status], **quiet)
+        self.gallery.select(self._look, self.listed, looked, **quiet)
+        self.back.click(self._refill, self.shown, [*asked, self.status], **quiet)
+        self.blocks.load(self._browse, None, [self.gallery, self.listed], **quiet)
+
+    def _draw(self, request: gr.Request, *filled: Any) -> Iterator[Updates]:
+        session, seen = str(request.session_hash), None
+        self.stops.discard(session)
+        yield {
+            self.status: _note("Waiting for the drawing before this one ..."),
+            self.tabs: gr.Tabs(selected="drawing"),
+        }
+        try:
+            form = _form(filled)
+            for seen in self.studio.draw(form, lambda: session in self.stops):
+                yield {self.picture: gr.Image(seen.looks, alt_text=form.prompt), self.status: _progress(seen)}
+            yield self._done(seen, stopped=session in self.stops)
+        except Exception as error:  # told in the page: no request may end it
+            yield {self.status: _wrong(error)}
+
+    def _done(self, seen: Seen | None, *, stopped: bool) -> Updates:
+        """What is to be seen after a drawing: its first picture, if there is one, and all of them on the shelf."""
+        files = [] if seen is None else seen.files
+        what = ", ".join([str(path) for path in files[:1]] + ([f"and {len(files) - 1} more"] if len(files) > 1 else []))
+        note = f"Stopped: {what or 'no picture'}" if stopped else f"Done: {what}"
+        return {self.status: _note(note)} | self._browse() | (self._picture(files[0], len(files) == 1) if files else {})
+
+    def _browse(self) -> Updates:
+        paths = self.studio.pictures(SHELF)
+        return {self.gallery: [(str(path), path.stem) for path in paths], self.listed: paths}
+
+    def _look(self, listed: Sequence[Path], event: gr.SelectData) -> Updates:
+        return self._picture(listed[event.index])
+
+    def _picture(self, path: Path, alone: bool = True) -> Updates:
+        """A picture with what is known of it; several that were drawn together are looked at as one sheet already."""
+        try:
+            command = self.studio.command(path)
+        except ValueError as error:
+            command = f"# {error}"
+        looks = {self.picture: gr.Image(str(path), alt_text=path.stem)} if alone else {}
+        return looks | {self.facts: _facts(path), self.command: command, self.shown: path}
+
+    def _stop(self, request: gr.Request) -> None:
+        self.stops.add(str(request.session_hash))
+
+    def _reuse(self, shown: Path | None) -> Updates:
+        """The seed of the picture that is looked at."""
+        try:
+            return {self.fields["seed"]: str(self.studio.recalled(_chosen(shown)).settings.seed)}
+        except ValueError as error:
+            return {self.status: _wrong(error)}
+
+    def _refill(self, shown: Path | None) -> Updates:
+        """Everything that the picture was asked for with."""
+        try:
+            made = self.studio.recalled(_chosen(shown))
+            form = Form.asking(made.settings)
+            editor = None if form.init_image is None else _edited(form.init_image, form.mask)
+            note = _note("; ".join(["The fields are those of this picture", *made.notes]) + ".")
+            return {self.fields[name]: getattr(form, name) for name in FIELDS} | {
+                self.editor: editor,
+                self.status: note,
+            }
+        except ValueError as error:
+            return {self.status: _wrong(error)}
+
+
+# --- between widgets and values
+
+
+def _choices(names: dict[str, str]) -> list[tuple[str, str]]:
+    return [(label, name) for name, label in names.items()]
+
+
+def _form(filled: Sequence[Any]) -> Form:
+    """What the widgets hold; a picture without paint has no mask."""
+    *values, edited = filled
+    form = Form(**dict(zip(FIELDS, values, strict=True)))
+    if edited is None or edited["background"] is None:
+        return form
+    painted = _painted(edited["layers"])
+    return replace(form, init_image=edited["background"].convert("RGB"), mask=painted)
+
+
+def _painted(layers: Sequence[Image.Image]) -> Image.Image | None:
+    """White where any layer is covered; None where none is."""
+    mask: Image.Image | None = None
+    for layer in layers:
+        covered = layer.convert("RGBA").getchannel("A")
+        mask = covered if mask is None else ImageChops.lighter(mask, covered)
+    return mask if mask is not None and mask.getbbox() else None
+
+
+def _edited(source: Source, mask: Source | None) -> dict[str, Any]:
+    """A picture and its mask as the editor holds them."""
+    picture = canvas.read(source).convert("RGBA")
+    if mask is None:
+        return {"background": picture, "layers": [], "composite": picture}
+    layer = Image.new("RGBA", picture.size, PAINT)
+    layer.putalpha(canvas.read(mask).convert("L").resize(picture.size))
+    return {"background": picture, "layers": [layer], "composite": Image.alpha_composite(picture, layer)}
+
+
+def _chosen(shown: Path | None) -> Path:
+    if shown is None:
+        raise ValueError("no picture is chosen: draw one, or click one of those that are there")
+    return shown
+
+
+# --- what is said
+
+
+def _note(text: str) -> str:
+    return f'<p role="status">{html.escape(text)}</p>'
+
+
+def _wrong(error: Exception) -> str:
+    """In one line, as the command line says it."""
+    line = str(error) if isinstance(error, ValueError) else reason(error)
+    return f'<p role="alert">{html.escape(" ".join(line.split()))}</p>'
+
+
+def _progress(seen: Seen) -> str:
+    return (
+        f'<label>step {seen.done} of {seen.total}<progress value="{seen.done}" max="{seen.total}"></progress></label>'
+    )
+
+
+def _facts(path: Path) -> str:
+    """What a picture says of itself, as a list."""
+    text = read_metadata(path).get("parameters")
+    if text is None:
+        return f"<h2>{html.escape(path.name)}</h2><p>It does not say how it was made.</p>"
+    found = parse_parameters(text)
+    title, negative = found.pop("prompt"), found.pop("negative_prompt")
+    rows = ({"Negative prompt": negative} if negative else {}) | {k: v for k, v in found.items() if k not in HIDDEN}
+    pairs = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in rows.items())
+    return f"<h2>{html.escape(title)}</h2><dl>{pairs}</dl><p>{html.escape(path.name)}</p>"
+
+
+STYLE = """
+.gradio-container .main { padding: clamp(8px, 2vw, 28px) !important; max-width: 1520px; margin: 0 auto; }
+.gradio-container main { padding: 0 !important; }
+#title > div, #title .prose { display: flex; align-items: baseline; gap: 10px; }
+#title h1 { font-size: 19px; font-weight: 650; letter-spacing: -.01em; margin: 0; }
+#title p { margin: 0; color: var(--body-text-color-subdued); }
+#desk { align-items: flex-start; }
+#seed-row { align-items: flex-end; } #seed-row button { height: 37px; margin-bottom: 10px; font-weight: 400; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+#status { min-height: 30px; }
+#status p, #status label { display: flex; align-items: center; gap: 12px; margin: 4px 2px; min-height: 22px;
+  font-variant-numeric: tabular-nums; }
+#status [data-testid=status-tracker] { display: none; }
+#status progress { flex: 1; height: 6px; accent-color: var(--color-accent); }
+#status [role=alert] { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+#command textarea { font: 12px/1.5 var(--font-mono); }
+#gallery .caption-label { display: none; }
+#gallery .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); grid-auto-rows: max-content; gap: 6px;
+  padding: 6px; }
+#gallery .thumbnail-lg { width: 100%; height: auto; min-height: 0; aspect-ratio: 1; }
+#facts h2 { font-size: 15px; font-weight: 600; margin: 4px 2px 6px; overflow-wrap: anywhere; }
+#facts dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px 12px; margin: 0 2px; }
+#facts dt { font-size: 11px; color: var(--body-text-color-subdued); }
+#facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+#facts p { margin: 6px 2px 0; font-size: 11px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+"""
