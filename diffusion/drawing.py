@@ -1,7 +1,7 @@
 """One call as the networks see it: prompts read, noise and pictures to begin from, and the steps of every batch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -18,8 +18,9 @@ from diffusion.guidance import classifier_free_guidance, keep_known
 from diffusion.models import adapters, previews, text
 from diffusion.models.denoiser import network_denoiser
 from diffusion.models.folder import Model
-from diffusion.models.networks import decode, to_latents, to_pixels, wrapped_edges
+from diffusion.models.networks import UNetNotFinite, decode, to_pixels, wrapped_edges
 from diffusion.places import find_lora, hash_files, weight_files
+from diffusion.repair import Repairs
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale, rotate, seed_noise
 from diffusion.schedules import Level, levels, levels_of
 from diffusion.settings import Settings, Shot
@@ -137,60 +138,56 @@ class Drawing:
     def batches(self) -> Iterator[list[Shot]]:
         """Shots that go through the network together: their prompts are as long, and ask for the same LoRAs."""
         size = self.full.batch_size
-        assert size is not None, "filled() gives the batch size"
+        assert isinstance(size, int), "resolved() gives the batch size"
         for _, group in groupby(self.full.shots(), lambda shot: (self.loras(shot), self.words.chunks(shot))):
             alike = list(group)
             yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
     @torch.inference_mode()
-    def steps(self, shots: Sequence[Shot]) -> Iterator[Reached]:
-        """Draw a batch. FloatingPointError when the network puts out numbers that are not finite."""
+    def steps(self, shots: Sequence[Shot], repairs: Repairs) -> Generator[Reached]:
+        """Draw a batch. UNetNotFinite when the network puts out numbers that are not finite."""
         networks, done = (self.model.unet, self.model.vae), 0
         latents: Tensor | None = None
         with adapters.lent(self.model, self.loras(shots[0])), wrapped_edges(networks, self.full.tile):
             for descent in self.descents:
-                x, denoise = self._begin(shots, descent, self._boards(descent, latents))
+                x, denoise = self._begin(shots, descent, self._boards(descent, latents, repairs), repairs)
                 noise = partial(_fresh_noise, shots, descent.purpose, x)
                 for step in SAMPLERS[str(self.full.sampler)](denoise, x, descent.grid, noise):
                     done, latents = done + 1, step.x
                     if not torch.isfinite(step.x).all():
-                        raise FloatingPointError(
-                            f"the network put out numbers that are not finite at step {done}: try --dtype fp32"
-                        )
+                        raise UNetNotFinite(f"the U-Net put out numbers that are not finite at step {done}")
                     yield Reached(done, step.x, step.denoised, descent.size)
 
-    def pictures(self, latents: Tensor) -> list[Image.Image]:
+    def pictures(self, latents: Tensor, repairs: Repairs) -> list[Image.Image]:
         """The finished pictures of a batch; only while its last step is held."""
-        images = decode(self.model.vae, latents)
+        images = repairs.decode(latents)
         if self.board is not None and len(self.descents) == 1:
             return [self.board.finish(image) for image in images]
         return [canvas.cut(image, self.descents[-1].size) for image in images]
 
     # --- where a descent begins
 
-    def _begin(self, shots: Sequence[Shot], descent: Descent, boards: Sequence[Canvas]) -> tuple[Tensor, Denoise]:
+    def _begin(
+        self, shots: Sequence[Shot], descent: Descent, boards: Sequence[Canvas], repairs: Repairs
+    ) -> tuple[Tensor, Denoise]:
         """x at the first level, and the denoiser that goes down from there; of no boards from noise alone."""
         start = descent.grid[0]
         noise, denoise = self._first_noise(shots, descent), self._denoiser(shots, descent)
         if not boards:
             return noise * initial_scale(start), denoise
-        known = self._encode([Image.fromarray(board.pixels) for board in boards])
+        known = repairs.encode([Image.fromarray(board.pixels) for board in boards])
         x, cells = start.alpha * known + start.sigma * noise, boards[0].cells(self.model.factor)
         if cells is None:
             return x, denoise
         return x, keep_known(denoise, known, torch.from_numpy(cells).to(known)[None, None])
 
-    def _boards(self, descent: Descent, before: Tensor | None) -> list[Canvas]:
+    def _boards(self, descent: Descent, before: Tensor | None, repairs: Repairs) -> list[Canvas]:
         """The picture to begin from, or what was drawn before, each picture as large as this descent has it."""
         if before is None:
             return [] if self.board is None else [self.board]
-        small = [canvas.cut(image, self.descents[0].size) for image in decode(self.model.vae, before)]
+        small = [canvas.cut(image, self.descents[0].size) for image in repairs.decode(before)]
         large = [image.resize(descent.size, Image.Resampling.LANCZOS) for image in small]
         return [canvas.pad_to(image, self.model.factor) for image in large]
-
-    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """The mean of the posterior of each picture, ``(B, C, h, w)``, on the scale that the U-Net sees."""
-        return torch.cat([to_latents(self.model.vae, to_pixels([image]))[0] for image in images])
 
     def _first_noise(self, shots: Sequence[Shot], descent: Descent) -> Tensor:
         """The noise of each shot's seed, or on the arc from there to another seed's."""

@@ -1,9 +1,9 @@
 """Pictures on disk: names that never collide, writes that are whole or absent, metadata that travels with the pixels.
 
 An output is a file, a folder or a template. Only a file that was named letter by letter is ever overwritten; a folder
-or a template gets the next free name. ``Image.info`` carries two texts, which every saved picture carries too:
-``parameters``, in the AUTOMATIC1111 format that other tools read, and ``diffusion``, the JSON object that makes the
-same picture again.
+or a template gets the next free name. ``Image.info`` carries three texts, which every saved picture carries too:
+``parameters``, in the AUTOMATIC1111 format that other tools read, ``diffusion``, the JSON object that makes the same
+picture again, and an XMP packet that marks the picture as generated.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from diffusion import __version__
 from diffusion.names import SAMPLERS, SCHEDULES
 
 DEFAULT_FOLDER = "outputs"
@@ -27,6 +28,7 @@ DEFAULT_NAME = "{index:05d}-{seed}-{slug}.png"
 FIELDS = ("index", "seed", "slug")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 TEXTS = ("parameters", "diffusion")
+XMP = "XML:com.adobe.xmp"  # the keyword of a packet in PNG, and its name in ``Image.info``
 STAGED = ".diffusion-"  # what the name of a file that is still being written begins with
 MAX_NAME_BYTES = 255  # of one path component, on every file system in common use
 SLUG_BYTES = 80
@@ -62,6 +64,18 @@ WRITTEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # AUTOMATIC1111's na
     "Lora hashes": lambda made: _lora_hashes(made),
     "Version": lambda made: f"diffusion {made['version']}",
 }
+# IPTC's words for where a picture comes from (Photo Metadata Standard, Digital Source Type): drawn, or drawn from one
+GENERATED, COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
+PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    xmp:CreatorTool="diffusion {version}"
+    Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/{source}"/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
 # The pattern by which the ecosystem's readers take the last line of ``parameters`` apart.
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -194,8 +208,8 @@ def next_index(output: Output, *, seed: int, slug: str) -> int:
 
 
 def texts_of(image: Image.Image) -> dict[str, str]:
-    """The two metadata texts that a picture carries, as far as it has them."""
-    return {key: image.info[key] for key in TEXTS if isinstance(image.info.get(key), str)}
+    """The metadata texts that a picture carries, as far as it has them."""
+    return {key: image.info[key] for key in (*TEXTS, XMP) if isinstance(image.info.get(key), str)}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -226,17 +240,29 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[dict[str, str], tuple[int,
 
 
 def metadata_texts(made: Mapping[str, Any]) -> dict[str, str]:
-    """The two texts of a picture from the one mapping that says how it was made (see ``pipeline``)."""
-    return {"parameters": format_parameters(made), "diffusion": json.dumps(made, ensure_ascii=True, allow_nan=False)}
+    """The texts of a picture from the one mapping that says how it was made (see ``pipeline``)."""
+    record = json.dumps(made, ensure_ascii=True, allow_nan=False)
+    return {"parameters": format_parameters(made), "diffusion": record} | mark(composite="init_image" in made)
+
+
+def mark(*, composite: bool) -> dict[str, str]:
+    """The text that says of a picture that it was generated, all of it or, ``composite``, from another picture."""
+    return {XMP: PACKET.format(version=__version__, source=COMPOSITE if composite else GENERATED)}
 
 
 def sheet_texts(images: Sequence[Image.Image], **call: Any) -> dict[str, str]:
-    """The two texts of a sheet: what all of its pictures have in common, and what else is known of their call."""
+    """The texts of a sheet: what all of its pictures have in common, and what else is known of their call.
+
+    If any of them is a composite, or flagged, so is the sheet.
+    """
     each = [json.loads(image.info["diffusion"]) for image in images if "diffusion" in image.info]
     if not each:
         return {}
     common = {name: value for name, value in each[0].items() if all(name in o and o[name] == value for o in each)}
-    return metadata_texts(common | {name: value for name, value in call.items() if value is not None})
+    reasons = dict.fromkeys(one["flagged"] for one in each if "flagged" in one)
+    common |= {"flagged": "; ".join(reasons)} if reasons else {}
+    texts = metadata_texts(common | {name: value for name, value in call.items() if value is not None})
+    return texts | mark(composite=any("init_image" in one for one in each))
 
 
 def format_parameters(made: Mapping[str, Any]) -> str:
@@ -310,20 +336,27 @@ def _place(staged: Path, output: Output, seed: int, slug: str) -> Path:
             return path
 
 
-def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str]) -> None:
-    """Write a picture with its texts, where its format has them."""
+def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str], **options: Any) -> None:
+    """Write a picture, or with Pillow's ``options`` an animation, with its texts, where its format has them.
+
+    A GIF has a comment: of the texts it carries ``parameters``.
+    """
+    if format == "GIF":
+        image.save(stream, format, comment=texts.get("parameters", ""), **options)
+        return
     if format == "PNG":
         info = PngInfo()
         for key, text in texts.items():
-            info.add_text(key, text)
-        image.save(stream, format, pnginfo=info)
+            add = info.add_itxt if key == XMP else info.add_text
+            add(key, text)
+        image.save(stream, format, pnginfo=info, **options)
         return
     exif = Image.Exif()
     if "parameters" in texts:  # EXIF 2.3: an 8-byte character code, then the text
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")
     if "diffusion" in texts:
         exif[IMAGE_DESCRIPTION] = texts["diffusion"]
-    image.convert("RGB").save(stream, format, quality=95, exif=exif)
+    image.convert("RGB").save(stream, format, quality=95, exif=exif, xmp=texts.get(XMP, "").encode(), **options)
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:

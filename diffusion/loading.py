@@ -46,15 +46,8 @@ def read_model(
         model = load_model(path, device, dtype)
         if prediction is not None:
             model.forward = replace(model.forward, prediction=prediction)
-    hasten(model)
     check_channels(model, path)
     hasten(model)
-    expected, found = model.vae.config.latent_channels, model.unet.config.in_channels
-    if expected != found:
-        raise ValueError(
-            f"{path}: its U-Net reads {found} channels where {expected} are drawn; a model made for inpainting or "
-            "upscaling alone cannot draw from text (any other model inpaints with --mask)"
-        )
     return model
 
 
@@ -74,6 +67,17 @@ def compile_network(model: Model) -> None:
     from diffusion.models.compiled import Compiled  # slow to import
 
     model.compiled = Compiled(model.unet)
+
+
+def offload(model: Model, control: Any, device: torch.device) -> None:
+    """Keep on the device only the network that is at work. ValueError where there is nothing to be gained."""
+    if device.type == "cpu":
+        raise ValueError("offload leaves networks in the machine's memory, where on the CPU they are: leave it out")
+    from diffusion.models.offload import Offload
+
+    networks = [*model.networks.values(), *([] if control is None else [control.net])]
+    if model.device.type != "meta":
+        model.offload = Offload(networks, device)
 
 
 def read_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,7 +1,8 @@
 """How much memory a training step takes, and how large a batch may be for it to fit; what drawing takes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psutil
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.models.denoiser import predict
 from diffusion.models.folder import Model
+from diffusion.models.networks import first_weight, spatial_factor
 from diffusion.settings import Settings
 
 KEPT = 107 * 2**20  # by kernels and their libraries once they have run; this and COPIES were measured on a CPU
@@ -48,6 +50,18 @@ def saved_bytes(loss: Callable[[], Tensor], limit: float = math.inf) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def give_back(device: torch.device) -> None:
+    """What PyTorch keeps of a GPU's memory, without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that memory was short: PyTorch has several."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def largest_micro_batch(
@@ -95,21 +109,54 @@ class Drawn(NamedTuple):
         return f"about {sizes[0]} beside the libraries, {sizes[1]} of it weights, and most in {most} (as on a CPU)"
 
 
-def drawing_bytes(model: Model, full: Settings, dtype: torch.dtype, chunks: int = 1) -> Drawn:
+def drawing_bytes(model: Model, full: Settings, chunks: int = 1) -> Drawn:
     """What the tensors of a filled request take, counted on a model without weights: nothing is computed."""
-    assert full.batch_size is not None, "filled() gives the batch size"
-    networks = list(model.networks.values())
-    share = dtype.itemsize / networks[0].dtype.itemsize
-    weights = [part for network in networks for part in (*network.parameters(), *network.buffers())]
-    rows = min(full.batch_size, full.count) * (1 if full.guidance_scale == 1 else 2)
+    assert isinstance(full.batch_size, int), "resolved() gives the batch size"
+    evaluation = _evaluation(model, full, min(full.batch_size, full.count), chunks)
+    tile = max(full.finished) if full.vae_tiling is None else full.vae_tiling
+    decoding = _decoding(model.vae, [min(side, tile) for side in full.finished])
+    return Drawn(_weights(model), evaluation, decoding)
+
+
+def decoding_bytes(model: Model, size: Sequence[int]) -> int:
+    """What decoding a picture of a width and height takes, of a model with weights, and of one without."""
+    return COPIES * _decoding(_outline(model.vae), size)
+
+
+def largest_batch(model: Model, full: Settings, device: torch.device) -> int:
+    """How many pictures of a filled request may be drawn at once beside what is in memory already; at least 1."""
+    outline = replace(model, unet=_outline(model.unet))
+    to_come = _weights(model) if model.device.type == "meta" else 0
+    budget = free_bytes(device) - KEPT - to_come
+    first, second = (COPIES * _evaluation(outline, full, count, 1) for count in (1, 2))
+    return max(1, min(full.count, 1 + int((budget - first) // (second - first))))
+
+
+def _outline(network: Any) -> Any:
+    """The same network without weights."""
+    with torch.device("meta"):
+        outline = type(network).from_config(network.config)
+        return torch.nn.Module.to(outline, first_weight(network).dtype)  # the stock classes' own complains
+
+
+def _weights(model: Model) -> int:
+    return sum(t.nbytes for network in model.networks.values() for t in (*network.parameters(), *network.buffers()))
+
+
+def _evaluation(model: Model, full: Settings, count: int, chunks: int) -> int:
+    """Of a U-Net without weights, with a batch of so many pictures."""
+    rows = count * (1 if full.guidance_scale == 1 else 2)
     width, height = (-(-side // model.factor) for side in full.finished)
-    x = torch.empty(rows, model.unet.config.in_channels, height, width, device="meta")
-    known = _condition(model, rows, chunks)
-    evaluation = _peak(lambda: predict(model.unet, x, torch.empty(rows, device="meta"), known), weights)
-    one = torch.empty(1, model.vae.config.latent_channels, height, width, device="meta")
-    decoding = _peak(lambda: model.vae.decode(one).sample, weights)
-    kept = sum(tensor.nbytes for tensor in weights)
-    return Drawn(*(int(count * share) for count in (kept, evaluation, decoding)))
+    x = torch.empty(rows, model.unet.config.in_channels, height, width, device="meta", dtype=model.dtype)
+    known, t = _condition(model, rows, chunks), torch.empty(rows, device="meta")
+    return _peak(lambda: predict(model.unet, x, t, known), model.unet.parameters())
+
+
+def _decoding(vae: Any, size: Sequence[int]) -> int:
+    """Of an autoencoder without weights, with one picture."""
+    width, height = (-(-side // spatial_factor(vae)) for side in size)
+    one = torch.empty(1, vae.config.latent_channels, height, width, device="meta", dtype=first_weight(vae).dtype)
+    return _peak(lambda: vae.decode(one).sample, vae.parameters())
 
 
 def _condition(model: Model, rows: int, chunks: int) -> dict[str, Tensor]:
@@ -118,7 +165,7 @@ def _condition(model: Model, rows: int, chunks: int) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {"context": (rows, length, model.unet.config.cross_attention_dim)}
     if model.text_encoder_2 is not None:
         shapes |= {"pooled": (rows, model.text_encoder_2.config.projection_dim), "sizes": (rows, 6)}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: torch.empty(shape, device="meta", dtype=model.dtype) for name, shape in shapes.items()}
 
 
 def _peak(run: Callable[[], Any], weights: Iterable[Tensor]) -> int:

@@ -26,6 +26,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {  # field -> what reads it from t
     **dict.fromkeys(settings.WHOLE, values.read_whole),
     **dict.fromkeys(settings.NUMBERS, values.read_number),
     **dict.fromkeys(("literal", "long_prompts"), values.read_switch),
+    "batch_size": values.read_whole_or_auto,
     "size": values.read_size,
     "sigmas": values.read_numbers,
     "guidance_interval": values.read_interval,
@@ -154,6 +155,7 @@ def _of_line(field: str, text: str) -> Any:
 def _counted(found: dict[str, Any]) -> dict[str, Any]:
     """AUTOMATIC1111 draws ``n_iter`` batches of ``batch_size`` pictures: so many are wanted."""
     batches, size = found.pop("n_iter", None), found.get("batch_size")
+    size = None if size == "auto" else size  # which is ours, and says nothing of how many
     if batches is None and size is None:
         return found
     if "num_images" in found:

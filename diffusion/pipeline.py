@@ -1,7 +1,10 @@
 """From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
 
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,9 @@ from torch import Tensor
 from diffusion import __version__
 from diffusion.images import metadata_texts, sheet_texts
 from diffusion.names import resolve_prediction
+from diffusion.notices import Flagged
 from diffusion.places import Limits, title_of
+from diffusion.safety import Checker, flags
 from diffusion.samplers import seed_noise
 from diffusion.settings import Settings, Shot, listed, variants
 from diffusion.sheets import make_table
@@ -22,11 +27,12 @@ if TYPE_CHECKING:  # the libraries of the networks take seconds to import: not b
     from diffusion.drawing import Drawing
     from diffusion.models.control import Control
     from diffusion.models.folder import Model
+    from diffusion.repair import Repairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One denoising step of one batch."""
+    """One denoising step of one batch. A batch that failed, and is drawn again in another way, begins at 1 again."""
 
     index: int  # 1 .. total
     total: int
@@ -61,6 +67,8 @@ class TextToImage:
     control: "Control | None" = None
     lora_folder: Path = field(default_factory=lambda: Path("loras"))  # where <lora:name> looks
     prediction: str | None = None  # what its network puts out, where that was said
+    device: torch.device | None = None  # where a model without weights would draw
+    checker: Checker | None = None  # what looks at finished pictures (see ``safety``)
 
     @classmethod
     def load(
@@ -74,7 +82,9 @@ class TextToImage:
         lora_folder: str | Path | None = None,
         prediction: str | None = None,
         compile: bool = False,
+        offload: bool = False,
         offline: bool = False,
+        checker: Checker | None = None,
         weights: bool = True,
     ) -> "TextToImage":
         """Load a model: a folder, the name of a shipped one, one ``.safetensors`` file, or a Hub id.
@@ -83,10 +93,11 @@ class TextToImage:
         model, each so strongly; ``lora_folder`` (``loras``) is where ``<lora:name>`` looks; ``control`` is a
         ControlNet's folder; ``prediction`` is for a model that does not say what its network puts out; ``compile``
         compiles the U-Net, which pays after minutes of drawing, and computes a small model too in what the device is
-        fast at. ``device`` None or "auto" takes the fastest one present, ``dtype`` None what that is fast at. Without
-        ``weights`` it draws nothing, but in a moment it makes the ``plan`` of a request, and refuses what drawing
-        would. Raises ValueError for what is no model, for a LoRA or ControlNet that does not fit it, and for a device
-        or dtype this machine lacks.
+        fast at; ``offload`` keeps on a GPU only the network that is at work. ``device`` None or "auto" takes the
+        fastest one present, ``dtype`` None what that is fast at. Without ``weights`` it draws nothing, but in a moment
+        it makes the ``plan`` of a request, and refuses what drawing would. ``checker`` looks at finished pictures (see
+        ``safety``): of one that it flags, ``info["flagged"]`` and a ``Flagged`` warning say why. Raises ValueError for
+        what is no model, for a LoRA or ControlNet that does not fit it, and for a device or dtype this machine lacks.
         """
         from diffusion import interop, loading
         from diffusion.models import adapters
@@ -99,20 +110,26 @@ class TextToImage:
         kind = loading.choose_dtype(_name_of(dtype), where, count)
         read = partial(loading.read_model, device=where, dtype=kind) if weights else interop.outline_model
         model = read(found, prediction=prediction)
+        for network in model.networks.values() if not weights else ():
+            torch.nn.Module.to(network, kind)  # the stock classes' own complains
         for lora, strength in (loras or {}).items():
             adapters.apply(model, lora, strength)
         if compile and weights:
             loading.compile_network(model)
         elif compile:
             model.compiled = model.unet
-        return cls(model, _read_control(control, model, where, kind, weights), folder, prediction)
+        led = _read_control(control, model, where, kind, weights)
+        if offload:
+            loading.offload(model, led, where)
+        return cls(model, led, folder, prediction, where, checker)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
         """Draw. Takes the fields of ``Settings`` as keywords; each one left out is the model's own default.
 
         Returns one RGB picture for each prompt and each of ``num_images``, prompt by prompt; ``Image.info`` says how
-        it was made. Raises ValueError for a request that cannot be met and FloatingPointError when the network puts
-        out numbers that are not finite.
+        it was made. Raises ValueError for a request that cannot be met. Numbers that are not finite, and memory that is
+        short, are repaired as far as they can be, with a ``Repaired`` warning, and raise FloatingPointError and
+        MemoryError only then.
         """
         batches = (step.images for step in self.stream(prompt, **settings) if step.images is not None)
         return [image for images in batches for image in images]
@@ -126,8 +143,7 @@ class TextToImage:
         """The steps of a checked request."""
         if self.model.device.type == "meta":
             raise ValueError("this model was loaded without its weights: it plans, and draws nothing")
-        drawing = self.plan(wanted)
-        return (step for shots in drawing.batches() for step in self._batch(drawing, shots))
+        return self._drawn(self.plan(wanted))
 
     def plan(self, wanted: Settings) -> "Drawing":
         """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
@@ -152,6 +168,11 @@ class TextToImage:
         """The request with every default answered by this model, and checked against it."""
         full = wanted.filled(self.model.recipe)
         full.check(Limits(self.model.factor, self.model.schedule.num_timesteps))
+        if full.batch_size == "auto":
+            from diffusion.memory import largest_batch
+
+            device = self.model.device if self.device is None else self.device
+            full = replace(full, batch_size=largest_batch(self.model, full, device))
         if self.control is None and full.control_image is not None:
             raise ValueError("control_image needs a ControlNet: give control, its folder")
         if self.control is not None and full.control_image is None:
@@ -178,35 +199,58 @@ class TextToImage:
 
     # --- how
 
-    def _batch(self, drawing: "Drawing", shots: Sequence[Shot]) -> Iterator[Progress]:
-        total = drawing.full.total_steps
-        for reached in drawing.steps(shots):
-            yield Progress(
-                index=reached.done,
-                total=total,
-                pictures=shots,
-                latents=reached.x,
-                denoised=reached.denoised,
-                size=reached.size,
-                images=self._finished(drawing, shots, reached.x) if reached.done == total else None,
-                _of=self,
-            )
+    def _drawn(self, drawing: "Drawing") -> Iterator[Progress]:
+        """Every batch; one that fails is drawn again in another way, for as long as there is one."""
+        from diffusion.repair import FAULTS, Repairs
 
-    def _finished(self, drawing: "Drawing", shots: Sequence[Shot], latents: Tensor) -> list[Image.Image]:
-        images = drawing.pictures(latents)
-        for image, shot in zip(images, shots, strict=True):
-            image.info.update(metadata_texts(self._made(drawing, shot)))
+        full, net = drawing.full, None if self.control is None else self.control.net
+        with Repairs(model=self.model, control=net, tile=full.vae_tiling, whole=bool(full.tile)) as repairs:
+            left = deque[Sequence[Shot]](drawing.batches())
+            while left:
+                shots, *rest = repairs.cut(left.popleft())
+                left.extendleft(reversed(rest))
+                try:
+                    yield from self._batch(drawing, shots, repairs)
+                except FAULTS as fault:
+                    left.extendleft(reversed(repairs.again(shots, fault)))
+
+    def _batch(self, drawing: "Drawing", shots: Sequence[Shot], repairs: "Repairs") -> Iterator[Progress]:
+        total = drawing.full.total_steps
+        with closing(drawing.steps(shots, repairs)) as steps:
+            for reached in steps:
+                yield Progress(
+                    index=reached.done,
+                    total=total,
+                    pictures=shots,
+                    latents=reached.x,
+                    denoised=reached.denoised,
+                    size=reached.size,
+                    images=self._finished(drawing, shots, reached.x, repairs) if reached.done == total else None,
+                    _of=self,
+                )
+
+    def _finished(
+        self, drawing: "Drawing", shots: Sequence[Shot], latents: Tensor, repairs: "Repairs"
+    ) -> list[Image.Image]:
+        images = drawing.pictures(latents, repairs)
+        reasons = [None] * len(images) if self.checker is None else flags(self.checker, images)
+        for image, shot, reason in zip(images, shots, reasons, strict=True):
+            flagged = {} if reason is None else {"flagged": reason}
+            image.info.update(metadata_texts(self._made(drawing, shot, repairs) | flagged) | flagged)
+            if reason is not None:
+                warnings.warn(f"picture of seed {shot.seed} is flagged: {reason}", Flagged, stacklevel=2)
         return images
 
-    def _made(self, drawing: "Drawing", shot: Shot) -> dict[str, Any]:
+    def _made(self, drawing: "Drawing", shot: Shot, repairs: "Repairs") -> dict[str, Any]:
         """Everything needed to make the same picture again."""
         return {
-            **drawing.full.record(shot),
+            **replace(drawing.full, vae_tiling=repairs.tile).record(shot),
             "model": title_of(self.model.path) if self.model.path else "unsaved",
             "model_hash": self.model_hash,
             **({} if self.prediction is None else {"prediction": self.prediction}),
             **drawing.facts(shot),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **({"repairs": list(repairs.said)} if repairs.said else {}),
+            "dtype": str(repairs.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "version": __version__,
             "torch": torch.__version__,

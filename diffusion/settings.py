@@ -10,11 +10,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from diffusion.names import resolve_sampler, resolve_schedule, unknown
 from diffusion.places import Limits
-from diffusion.values import Source, as_image, interval, name_of, number, picture, sides, sigmas, text, whole
+from diffusion.values import (
+    Source,
+    as_image,
+    interval,
+    name_of,
+    number,
+    picture,
+    sides,
+    sigmas,
+    text,
+    whole,
+    whole_or_auto,
+)
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
 TILES = ("", "x", "y", "xy")
@@ -34,7 +46,7 @@ PICTURES = ("init_image", "mask", "control_image")
 # --- the rules of the fields, each one a line
 
 WHOLE = {  # field -> (least, most)
-    **dict.fromkeys(("steps", "width", "height", "num_images", "batch_size", "clip_skip"), (1, math.inf)),
+    **dict.fromkeys(("steps", "width", "height", "num_images", "clip_skip", "vae_tiling"), (1, math.inf)),
     **dict.fromkeys(("seed", "variation_seed", "to_seed"), (0, MAX_SEED)),
     "frames": (2, math.inf),
 }
@@ -68,6 +80,7 @@ EXCLUDES = (  # two fields of which one makes no sense beside the other, and why
     ("hires", "mask", "hires draws the whole picture again, larger"),
     ("hires", "extend", "hires draws the whole picture again, larger"),
     ("hires", "sigmas", "sigmas are the levels of one descent, and hires has two"),
+    ("tile", "vae_tiling", "the autoencoder's tiles would not fit each other over the edges"),
     ("strength", "sigmas", "the first of the sigmas says how much is drawn anew"),
 )
 GUIDED = ("negative_prompt", "guidance_rescale", "guidance_interval")  # what a guidance of 1 has no use for
@@ -76,6 +89,7 @@ PLAIN = {  # what makes a value plain, or refuses it -> of which fields
     name_of: ("sampler", "schedule", "tile"),
     picture: PICTURES,
     sides: ("extend",),
+    whole_or_auto: ("batch_size",),
     interval: ("guidance_interval",),
     sigmas: ("sigmas",),
 }
@@ -130,13 +144,14 @@ class Settings:
     schedule: str | None = None
     sigmas: tuple[float, ...] | None = None  # sigma / alpha of every step, descending, in place of a schedule
     tile: str = ""  # edges that fit each other: x, y or xy
+    vae_tiling: int | None = None  # the autoencoder works in tiles of so many pixels, which takes less memory
 
     # how many, and from which noise
     seed: int | None = None
     width: int | None = None
     height: int | None = None
     num_images: int = 1
-    batch_size: int | None = None
+    batch_size: int | Literal["auto"] | None = None  # "auto": as many as memory has room for
     variation_seed: int | None = None  # picture k is a variation of ``seed`` towards variation_seed + k
     variation_strength: float | None = None
     to_prompt: str | None = None  # ``frames`` pictures on the way from the prompt and the seed to these
@@ -317,6 +332,9 @@ class Settings:
     def check(self, limits: Limits) -> None:
         """Raises ValueError where the request does not fit the model."""
         self._check_sides(limits.side)
+        if self.vae_tiling is not None and self.vae_tiling % (4 * limits.side):
+            near = max(1, round(self.vae_tiling / (4 * limits.side))) * 4 * limits.side
+            raise ValueError(f"vae_tiling {self.vae_tiling} is not a multiple of {4 * limits.side}: try {near}")
         if self.steps is not None and self.steps > limits.steps:
             raise ValueError(f"steps {self.steps} is more than this model's {limits.steps} noise levels: ask for fewer")
         for name in ("strength", "hires_strength"):

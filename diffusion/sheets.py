@@ -56,7 +56,7 @@ def save_sheet(image: Image.Image, path: str | Path) -> Path:
 def save_film(frames: Sequence[Image.Image], path: str | Path, seconds: float = 2.0) -> Path:
     """Frames as an animation (.gif, .webp) of so many seconds, its last frame held; else as one strip of eight.
 
-    All of them are shown in the size of the last one, whose texts the strip carries.
+    All of them are shown in the size of the last one, whose texts the film carries.
     """
     path, size = Path(path), frames[-1].size
     frames = [frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
@@ -68,9 +68,9 @@ def save_film(frames: Sequence[Image.Image], path: str | Path, seconds: float = 
         return save_sheet(strip, path)
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + 1000]
+    animated = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
     with atomic(path) as stream:
-        kind = path.suffix[1:].upper()
-        frames[0].save(stream, kind, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+        encode(frames[0], stream, path.suffix[1:].upper(), texts_of(frames[-1]), **animated)
     return path
 
 

@@ -123,9 +123,11 @@ class Studio:
         try:
             wanted = self._kept(form.wanted().seeded())
             plan = self.model.plan(wanted)
-            total = plan.full.total_steps * sum(1 for _ in plan.batches())
-            for done, step in enumerate(self.model.run(wanted), 1):
+            total, before = plan.full.total_steps * plan.full.count, 0
+            for step in self.model.run(wanted):
                 files += self._saved(step)
+                done = before + step.index * len(step.pictures)
+                before = done if step.images else before
                 tell(Seen(done, total, make_grid(step.images or step.preview()), tuple(files)))
                 if stopped():
                     break

@@ -45,6 +45,15 @@ def whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
     return found
 
 
+def whole_or_auto(name: str, value: Any) -> int | str:
+    """A whole number of at least 1, or ``auto``."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{name} must be a whole number or 'auto', got {value!r}")
+        return value
+    return whole(name, value, 1)
+
+
 def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
     """A finite number within its limits; a whole one stays whole."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
@@ -125,6 +134,11 @@ def _several(value: Any) -> list[Any]:
 def read_whole(written: str) -> int:
     """A whole number."""
     return _read(int, written, "a whole number")
+
+
+def read_whole_or_auto(written: str) -> int | str:
+    """A whole number, or ``auto``."""
+    return written if written == "auto" else _read(int, written, "a whole number or auto")
 
 
 def read_number(written: str) -> float:

@@ -15,6 +15,7 @@ from diffusion.images import parse_parameters, read_metadata
 from diffusion.models import previews
 from diffusion.models.folder import load_model
 from diffusion.models.networks import to_latents, to_pixels
+from diffusion.repair import Repairs
 from diffusion.schedules import levels
 from diffusion.settings import Settings
 from families import KINDS, parity, psnr, save, stock
@@ -236,7 +237,7 @@ def test_hires_begins_where_the_picture_is(tiny):
     drawing_ = tiny.plan(Settings(prompts=("",), init_image=image, hires=2, seed=1, steps=1))
     latent = to_latents(tiny.model.vae, to_pixels([Image.fromarray(drawing_.board.pixels)]))[0]
     small = drawing.decode(tiny.model.vae, latent)[0].crop((0, 0, 21, 19))
-    (board,) = drawing_._boards(drawing_.descents[1], latent)
+    (board,) = drawing_._boards(drawing_.descents[1], latent, Repairs(model=tiny.model))
     assert board.size == (42, 38)
     large = np.asarray(small.resize((42, 38), Image.Resampling.LANCZOS))
     assert np.array_equal(board.pixels[:38, :42], large)

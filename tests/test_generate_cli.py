@@ -256,7 +256,7 @@ def test_a_failure_while_running_is_one_line_and_1(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr("diffusion.drawing.decode", fail)
+    monkeypatch.setattr("diffusion.repair.decode", fail)
     said = draw("a", "--quiet", "--steps", "1")
     assert (said.code, said.out) == (1, "")
     assert said.err.startswith("generate.py: ")
@@ -264,7 +264,7 @@ def test_a_failure_while_running_is_one_line_and_1(
 
 
 def test_no_black_picture_is_a_success(draw: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("diffusion.drawing.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
+    monkeypatch.setattr("diffusion.repair.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
     said = draw("a", "--json", "--steps", "1")
     assert said.code == 1
     assert said.events[-1]["event"] == "error"
@@ -283,9 +283,9 @@ def test_weights_that_are_not_finite_are_a_failure(draw: Command, tiny_model: Pa
 
 
 def test_pictures_of_finished_batches_stay_and_ctrl_c_is_130(draw: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion import drawing
+    from diffusion import repair
 
-    decode, calls = drawing.decode, []
+    decode, calls = repair.decode, []
 
     def interrupted(vae: Any, latents: Any) -> Any:
         calls.append(1)
@@ -293,7 +293,7 @@ def test_pictures_of_finished_batches_stay_and_ctrl_c_is_130(draw: Command, monk
             raise KeyboardInterrupt
         return decode(vae, latents)
 
-    monkeypatch.setattr(drawing, "decode", interrupted)
+    monkeypatch.setattr(repair, "decode", interrupted)
     said = draw("a", "--steps", "1", "--num-images", "3", "--batch-size", "1")
     assert said.code == 130
     assert len(said.paths) == 1

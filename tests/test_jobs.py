@@ -176,7 +176,7 @@ def test_a_wrong_row_is_told_and_spoils_no_other(draw):  # noqa: F811
         assert f"generate.py: {told}\n" in planned.err
     images = [event for event in said.events if event["event"] == "image"]
     assert [(event["row"], event["prompt"]) for event in images] == [(1, "red apple"), (len(WRONG) + 2, "green apple")]
-    counts = {"rows": len(WRONG) + 2, "drawn": 2, "already": 0, "refused": len(WRONG), "failed": 0}
+    counts = {"rows": len(WRONG) + 2, "drawn": 2, "already": 0, "refused": len(WRONG), "failed": 0, "withheld": 0}
     assert said.events[-1] == {"event": "done", **counts}
     lines = {line["row"]: line for line in written()}
     assert lines[2]["status"] == "refused"
@@ -284,7 +284,7 @@ def test_a_row_that_fails_while_it_is_drawn_is_1_and_its_batch_goes_on(draw, mon
     assert [made(path)["prompt"] for path in said.paths] == ["red", "blue"]
     assert {line["row"]: line["status"] for line in written()} == {4: "refused", 1: "done", 2: "failed", 3: "done"}
     assert "4 rows: 2 drawn, 1 refused, 1 failed" in said.err
-    monkeypatch.setattr("diffusion.drawing.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
+    monkeypatch.setattr("diffusion.repair.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
     assert "came out black" in draw("--prompts", listing("list.txt", "red"), "--steps=1", "-o", "out/").err
 
 
@@ -474,34 +474,30 @@ def resident(code):
 
 
 def test_a_dry_run_knows_what_memory_drawing_takes(draw):  # noqa: F811
-    import torch
-
     from diffusion.memory import drawing_bytes
 
     wanted = {"width": 512, "height": 512, "steps": 1}
     outline = TextToImage.load("emoji", "cpu", weights=False)
     plan = outline.plan(Settings(prompts=("red apple",), seed=1, **wanted))
-    found = drawing_bytes(outline.model, plan.full, torch.float32)
+    found = drawing_bytes(outline.model, plan.full)
     weights = [weight.nbytes for network in outline.model.networks.values() for weight in network.parameters()]
     assert found.weights == pytest.approx(sum(weights), rel=1e-4)
     grown = resident(f"TextToImage.load('emoji', 'cpu')('red apple', seed=1, **{wanted})")
     assert 0.7 < found.peak / 2**20 / grown < 1.3, (found, grown)
-    half = drawing_bytes(outline.model, plan.full, torch.bfloat16)
-    assert half.weights == found.weights // 2
+    half = drawing_bytes(TextToImage.load("emoji", "cpu", "bf16", weights=False).model, plan.full)
+    assert half.weights == pytest.approx(found.weights / 2, rel=1e-4)
     said = draw("red apple", "--dry-run", "--size", "512x512", model="emoji")
     assert f"memory: about {found.peak / 2**30:.2f} GiB" in said.err
 
 
 def test_memory_grows_with_the_batch_and_guidance_but_weights_do_not(tiny_model):
-    import torch
-
     from diffusion.memory import drawing_bytes
 
     outline = TextToImage.load(tiny_model, "cpu", weights=False)
 
     def drawn(**fields):
         full = outline.plan(Settings(prompts=("cat",), seed=1, **fields)).full
-        return drawing_bytes(outline.model, full, torch.float32)
+        return drawing_bytes(outline.model, full)
 
     one, four, bare = drawn(), drawn(num_images=4), drawn(guidance_scale=1.0, num_images=4)
     assert one.weights == four.weights

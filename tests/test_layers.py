@@ -13,11 +13,12 @@ LAYERS = (  # top to bottom; __init__ is the front door: it may open every room,
     {"__init__"},
     {"cli", "page", "__main__"},
     {"pipeline", "trainer", "run", "plan", "optimizers", "tasks", "evaluation", "validation", "report"}
-    | {"drawing", "loading", "tuning", "studio"},
-    {"checkpoint", "interop", "foreign", "images", "records", "canvas", "sheets", "memory"},
+    | {"drawing", "repair", "loading", "tuning", "studio"},
+    {"checkpoint", "interop", "foreign", "images", "safety", "records", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
-    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"} | {"options", "jobs", "manifest"},
+    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"}
+    | {"options", "jobs", "manifest", "notices"},
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 WALLS = {

@@ -120,7 +120,7 @@ def test_a_command_line_asks_for_the_same(given):
 def test_each_picture_of_a_call_has_its_own_line(studio):
     form = Form(prompt="red cat", negative_prompt="a 'blue' boat", seed="7", num_images=3, steps=2, sampler="euler")
     seen = list(studio.draw(form))
-    assert [(one.done, one.total) for one in seen] == [(1, 2), (2, 2)]
+    assert [(one.done, one.total) for one in seen] == [(3, 6), (6, 6)]
     assert [len(one.files) for one in seen] == [0, 3]
     assert [one.looks.size for one in seen] == [(32, 32)] * 2, "a sheet of all three"
     assert seen[0].looks.tobytes() != seen[1].looks.tobytes(), "it is looked at before it is done"
@@ -195,7 +195,7 @@ def test_one_drawing_at_a_time_and_each_can_be_stopped(studio):
 
 
 def test_a_black_picture_is_not_saved(studio, monkeypatch):
-    monkeypatch.setattr("diffusion.drawing.decode", lambda vae, latents: [Image.new("RGB", (16, 16))])
+    monkeypatch.setattr("diffusion.repair.decode", lambda vae, latents: [Image.new("RGB", (16, 16))])
     with pytest.raises(FloatingPointError, match="came out black"):
         list(studio.draw(Form(prompt="red cat", seed="1")))
     assert not studio.pictures(9)

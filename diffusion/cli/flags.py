@@ -61,4 +61,5 @@ def _flag(read: Callable[[str], Value]) -> Callable[[str], Value]:
 
 
 whole, number, numbers = _flag(values.read_whole), _flag(values.read_number), _flag(values.read_numbers)
+whole_or_auto = _flag(values.read_whole_or_auto)
 size, interval, sides = _flag(values.read_size), _flag(values.read_interval), _flag(values.read_sides)

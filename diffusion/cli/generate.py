@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from diffusion.cli import again
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, name_parts
-from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate
+from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
+from diffusion.notices import Flagged, Repaired
+from diffusion.safety import CheckerError
 from diffusion.settings import PICTURES, Settings, Shot, variants
 
 if TYPE_CHECKING:
@@ -37,7 +40,9 @@ def run(argv: Sequence[str], prog: str = "diffusion generate") -> int:
     voice = Voice(prog, json="--json" in flags, quiet="--quiet" in flags)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: voice.trouble("warning", f"warning: {message}")
+            warnings.simplefilter("always", Repaired)
+            warnings.simplefilter("ignore", Flagged)  # said when it is known what has become of the picture
+            warnings.showwarning = lambda message, *_: voice.warn(message)
             return generate(argv, voice)
     except KeyboardInterrupt:
         voice.trouble("error", "interrupted")
@@ -90,7 +95,7 @@ def begin(request: Request, voice: "Voice", loaded: "dict[str, TextToImage]") ->
         return lambda: 0
     model = request.load(loaded)
     steps = chain.from_iterable([model.run(one) for one in request.cells()])
-    total = sum(plan.full.total_steps * sum(1 for _ in plan.batches()) for plan in plans)
+    total = sum(plan.full.total_steps * plan.full.count for plan in plans)
     if args.seed is None:
         voice.note(f"seed {full.seed}")
     return partial(finish, request, model, steps, full, voice, total)
@@ -100,13 +105,12 @@ def finish(
     request: Request, model: "TextToImage", steps: "Iterator[Progress]", full: Settings, voice: "Voice", total: int
 ) -> int:
     """Draw, and return the exit code."""
-    code = 0
     if request.args.verify:
         code = judge(steps, request, voice, total)
     elif request.axes or request.outputs.animation is not None:
-        together(steps, request, full, voice, total)
+        code = together(steps, request, full, voice, total)
     else:
-        apart(steps, request, full, voice, total)
+        code = apart(steps, request, full, voice, total)
     if request.args.compile:
         voice.note(f"--compile: {model.model.compiled.report}")
     return code
@@ -120,11 +124,12 @@ def judge(steps: "Iterator[Progress]", request: Request, voice: "Voice", total: 
 
     def keep(image: "Image.Image", shot: Shot) -> "Path | None":
         verdicts.append(verify(image))
-        return None if request.args.output is None else _save(image, shot, request.outputs)
+        unwritten = request.args.output is None or withheld(request.args, image)
+        return None if unwritten else _save(image, shot, request.outputs)
 
-    draw(steps, keep, voice, total)
+    held = draw(steps, keep, voice, total, request.args)
     voice.verdict(verdicts[0])
-    return 0 if verdicts[0].identical else 1
+    return 0 if verdicts[0].identical and not held else 1
 
 
 def tell_again(made: "Recalled", voice: "Voice") -> None:
@@ -143,43 +148,57 @@ def tell(reports: Mapping[str, str], voice: "Voice") -> None:
         voice.event("lora", path=path, report=report)
 
 
-def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> None:
-    """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them."""
+def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> int:
+    """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them.
+
+    What is withheld is in none of them. The exit code.
+    """
     from diffusion.sheets import make_grid, save_film, save_sheet
 
     images: list[Image.Image] = []
     frames: list[Image.Image] = []
     outputs = request.outputs
 
-    def keep(image: "Image.Image", shot: Shot) -> Path:
+    def keep(image: "Image.Image", shot: Shot) -> "Path | None":
+        if withheld(request.args, image):
+            return None
         images.append(image)
         return _save(image, shot, outputs)
 
-    draw(watched(steps, outputs, frames), keep, voice, total)
-    if outputs.grid is not None:
+    held = draw(watched(steps, outputs, frames, request.wanted), keep, voice, total, request.args)
+    if outputs.grid is not None and images:
         sheet = sheet_of(make_grid(images), images, outputs, **_call(full))
         voice.picture(save_sheet(sheet, outputs.grid), kind="grid")
-    if outputs.film is not None:
+    if outputs.film is not None and images:
         last = sheet_of(images[0].copy(), images, outputs)
         voice.picture(save_film([*frames, last], outputs.film), kind="film")
+    return 1 if held else 0
 
 
-def together(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> None:
-    """Draw everything, then write it as one file: a labelled sheet of what is compared, or an animation."""
+def together(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> int:
+    """Draw everything, then write it as one file: a labelled sheet of what is compared, or an animation.
+
+    It is not written if any of its pictures is withheld. The exit code.
+    """
     from diffusion.images import save_image
     from diffusion.sheets import make_table, save_film
 
     images: list[Image.Image] = []
     outputs = request.outputs
-    draw(watched(steps, outputs, []), lambda image, _: images.append(image), voice, total)
+    seen = watched(steps, outputs, [], request.wanted)
+    if draw(seen, lambda image, _: images.append(image), voice, total, request.args):
+        return 1
     facts = {"prompt": full.prompts[0], "seed": full.seed}
     if outputs.animation is not None:
-        voice.picture(save_film(images, outputs.animation, len(images) / 8), kind="animation", **facts)
-        return
+        last = sheet_of(images[-1].copy(), images, outputs, **_call(full))
+        path = save_film([*images[:-1], last], outputs.animation, len(images) / 8)
+        voice.picture(path, kind="animation", **facts)
+        return 0
     _, columns, rows = variants(request.wanted, request.axes)
     sheet = sheet_of(make_table(images, columns, rows), images, outputs, compare=request.axes)
     path = save_image(sheet, outputs.pictures, **name_parts(full), metadata=outputs.metadata)
     voice.picture(path, kind="comparison", **facts)
+    return 0
 
 
 def sheet_of(sheet: "Image.Image", images: "Sequence[Image.Image]", outputs: Outputs, **call: Any) -> "Image.Image":
@@ -191,32 +210,49 @@ def sheet_of(sheet: "Image.Image", images: "Sequence[Image.Image]", outputs: Out
     return sheet
 
 
-def watched(steps: "Iterator[Progress]", outputs: Outputs, frames: "list[Image.Image]") -> "Iterator[Progress]":
+def watched(
+    steps: "Iterator[Progress]", outputs: Outputs, frames: "list[Image.Image]", wanted: Settings
+) -> "Iterator[Progress]":
     """The same steps; after each one its preview is written or kept, if that was asked for."""
+    from diffusion.images import mark
     from diffusion.sheets import make_grid, save_sheet
 
     for step in steps:
         if outputs.preview is not None:
-            save_sheet(make_grid(step.preview()), outputs.preview)
+            sheet = make_grid(step.preview())
+            sheet.info.update(mark(composite=wanted.init_image is not None) if outputs.metadata else {})
+            save_sheet(sheet, outputs.preview)
         if outputs.film is not None:
             frames.append(step.preview()[0])
         yield step
 
 
-def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int) -> None:
-    """Follow the steps, and give the pictures of each batch away as soon as it is done."""
+def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int, args: Namespace) -> int:
+    """Follow the steps, and give the pictures of each batch away as soon as it is done. How many are withheld."""
     from tqdm import tqdm
 
+    held = 0
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
+        before = 0
         for step in steps:
-            bar.update()
+            before = follow(bar, step, before)
             voice.event("step", index=step.index, total=step.total, seeds=step.seeds)
             for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
                 refuse_black(image, shot.seed)
-                path = keep(image, shot)
+                path, hidden = keep(image, shot), withheld(args, image)
+                held += hidden
                 with bar.external_write_mode():
                     if path is not None:
                         voice.picture(path, prompt=shot.prompt, seed=shot.seed)
+                    voice.flagged(image, shot.seed, path, withheld=hidden)
+    return held
+
+
+def follow(bar: Any, step: "Progress", before: int) -> int:
+    """Move a bar to a step, or back if a batch begins again. Where the batch begins, or the next one if it is done."""
+    done = before + step.index * len(step.pictures)
+    bar.update(done - bar.n)
+    return before if step.images is None else done
 
 
 def refuse_black(image: "Image.Image", seed: int) -> None:
@@ -249,12 +285,27 @@ class Voice:
         print(f"{self.prog}: {line}", file=sys.stderr)
         self.event(kind, message=line, **facts)
 
+    def warn(self, warning: Warning | str) -> None:
+        """What a library, or ours, has to say; of a repair also to a person who wants no notes."""
+        if isinstance(warning, Repaired):
+            self.trouble("repair", str(warning))
+        else:
+            self.trouble("warning", f"warning: {warning}")
+
     def picture(self, path: Path, **facts: Any) -> None:
         """A picture that was written: its path, or an event that holds it."""
         if self.json:
             self.event("image", path=str(path), **facts, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         else:
             print(path, flush=True)
+
+    def flagged(self, image: "Image.Image", seed: int, path: Path | None, *, withheld: bool, **facts: Any) -> None:
+        """A picture that its checker flags, if it does: a warning, whatever becomes of it."""
+        if "flagged" not in image.info:
+            return
+        why, end = image.info["flagged"], "; it is withheld" if withheld else ""
+        facts |= {"seed": seed, "reason": why, "path": None if path is None else str(path), "withheld": withheld}
+        self.trouble("flagged", f"warning: picture of seed {seed} is flagged: {why}{end}", **facts)
 
     def verdict(self, verdict: "Verdict") -> None:
         """How near a picture that was drawn again comes to the first one: the result, so on stdout."""
@@ -269,8 +320,10 @@ class Voice:
 def reason(error: Exception) -> str:
     """A failure in one line: its first, and what to do where that is known."""
     text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, CheckerError):
+        return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "allocate memory" in text:
-        return "out of memory: ask for --batch-size 1, or a smaller --size"
+        return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
 
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import jobs, places
 from diffusion.cli import request
-from diffusion.cli.generate import Voice, reason, refuse_black, sheet_of, tell, watched
+from diffusion.cli.generate import Voice, follow, reason, refuse_black, sheet_of, tell, watched
 from diffusion.cli.outputs import Outputs
 from diffusion.jobs import Job, Result, Row
 from diffusion.prompts import read_wildcards
-from diffusion.settings import PICTURES, Settings, facts_of
+from diffusion.settings import PICTURES, Settings, Shot, facts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,6 +68,7 @@ class Listed:
         outputs = _outputs(args, rows, seed, given["num_images"])
         model = request.find_model(args.model, offline=args.offline)
         made = _jobs(args, model, rows, given | {"seed": seed})
+        request.check_checker(args)
         return cls(args, model, loras, seed, _tasks(args, made), outputs)
 
     @property
@@ -259,7 +260,7 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
     batches = (outline.plan(jobs.joined(some)) for some in jobs.together(outline, left))
     largest = max(batches, key=request.pixels_at_once, default=None)
     if largest is not None:
-        voice.note(f"memory: {request.memory_of(listed.args, listed.model, largest)}")
+        voice.note(f"memory: {request.memory_of(largest)}")
     return _finish(voice, counts, len(tasks))
 
 
@@ -278,6 +279,7 @@ def _work(listed: Listed, tasks: Sequence[Task], manifest: "Manifest", voice: Vo
         if listed.args.seed is None:
             voice.note(f"seed {listed.seed}")
         counts += _draw(listed, left, manifest, voice)
+    counts["withheld"] = sum(map(_withheld, (manifest.line_of(task.key) for task in right)))
     code = _finish(voice, counts, len(tasks))
     return code if processes() == 1 else _last(listed.tasks, manifest)
 
@@ -288,7 +290,7 @@ def _last(tasks: Sequence[Task], manifest: "Manifest") -> int:
         return 0
     lines = [manifest.line_of(task.key) for task in tasks]
     ends = {line["status"] for line in lines if line is not None}
-    code = 1 if "failed" in ends else 2 if "refused" in ends else 0
+    code = 1 if "failed" in ends or any(map(_withheld, lines)) else 2 if "refused" in ends else 0
     if code:
         manifest.wait()
     return code
@@ -346,8 +348,11 @@ class Hand:
 
     def _watch(self, tasks: Sequence[Task], steps: "Iterator[Progress]") -> "Iterator[Progress]":
         """The same steps, told to whoever listens."""
-        for step in watched(steps, self.listed.outputs, []):
-            self.bar.update(len(step.pictures))
+        before = self.bar.n
+        wanted = tasks[0].job.wanted  # alike but for their prompts
+        assert wanted is not None, "only right rows are drawn"
+        for step in watched(steps, self.listed.outputs, [], wanted):
+            before = follow(self.bar, step, before)
             rows = [task.number for task in tasks]
             self.voice.event("step", index=step.index, total=step.total, seeds=step.seeds, rows=rows)
             yield step
@@ -357,39 +362,53 @@ class Hand:
         try:
             if result.error is not None:
                 raise result.error
-            paths = self._save(task, result)
+            shown = list(zip(self._save(task, result), result.images, result.shots, strict=True))
         except Exception as error:  # whatever it was, the other rows are still to be drawn
             why = reason(error)
             self.voice.trouble("error", f"row {task.number}: {why}", row=task.number)
             self.manifest.append(_line(task, "failed", reason=why))
             return "failed"
-        files = [
-            {"path": str(path), "seed": shot.seed, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for path, shot in zip(paths, result.shots, strict=True)
-        ]
         assert task.job.wanted is not None, "only right rows are drawn"
         settings = _plain(self.model.resolved(task.job.wanted))
+        files = [_file(path, image, shot) for path, image, shot in shown if path is not None]
+        held = [_looked_at(image, shot) for path, image, shot in shown if path is None]
         with self.bar.external_write_mode():
-            for path, shot in zip(paths, result.shots, strict=True):
-                self.voice.picture(path, row=task.number, prompt=shot.prompt, seed=shot.seed)
-        self.manifest.append(_line(task, "done", settings=settings, images=files))
+            for path, image, shot in shown:
+                if path is not None:
+                    self.voice.picture(path, row=task.number, prompt=shot.prompt, seed=shot.seed)
+                self.voice.flagged(image, shot.seed, path, withheld=path is None, row=task.number)
+        withheld = {"withheld": held} if held else {}
+        self.manifest.append(_line(task, "done", settings=settings, images=files, **withheld))
         return "drawn"
 
-    def _save(self, task: Task, result: Result) -> list[Path]:
+    def _save(self, task: Task, result: Result) -> "list[Path | None]":
+        """Where each picture went; None where it is withheld."""
         from diffusion.images import save_image, slugify
 
         assert task.outputs is not None, "it was checked"
         for image, shot in zip(result.images, result.shots, strict=True):
             refuse_black(image, shot.seed)
+        held = partial(request.withheld, self.listed.args)
         if self.listed.args.grid is not None:
-            self.images.extend(result.images)
+            self.images.extend(image for image in result.images if not held(image))
         keep = partial(save_image, output=task.outputs.pictures, metadata=task.outputs.metadata)
         shown = zip(result.images, result.shots, strict=True)
-        return [keep(image, seed=shot.seed, slug=slugify(shot.prompt)) for image, shot in shown]
+        return [
+            None if held(image) else keep(image, seed=shot.seed, slug=slugify(shot.prompt)) for image, shot in shown
+        ]
 
 
 def _line(task: Task, status: str, **facts: Any) -> dict[str, Any]:
     return {"row": task.number, "key": task.key, "status": status, **facts}
+
+
+def _file(path: Path, image: "Image.Image", shot: Shot) -> dict[str, Any]:
+    return {"path": str(path), **_looked_at(image, shot), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _looked_at(image: "Image.Image", shot: Shot) -> dict[str, Any]:
+    """A picture by its seed, and why it is flagged if it is."""
+    return {"seed": shot.seed} | ({"flagged": image.info["flagged"]} if "flagged" in image.info else {})
 
 
 def _plain(full: Settings) -> dict[str, Any]:
@@ -397,11 +416,18 @@ def _plain(full: Settings) -> dict[str, Any]:
     return {"prompt": full.prompts[0], **facts, **{name: str(facts[name]) for name in PICTURES if name in facts}}
 
 
+def _withheld(line: Mapping[str, Any] | None) -> int:
+    """How many pictures of a row were drawn and not written."""
+    return 0 if line is None else len(line.get("withheld", ()))
+
+
 def _finish(voice: Voice, counts: Counter[str], rows: int) -> int:
     """Say how it has ended, and the exit code."""
     told = {name: counts[name] for name in ("drawn", "already", "refused", "failed")}
-    voice.event("done", rows=rows, **told)
-    if told["already"] or told["refused"] or told["failed"]:
+    held = counts["withheld"]
+    voice.event("done", rows=rows, **told, withheld=held)
+    if told["already"] or told["refused"] or told["failed"] or held:
         said = ", ".join(f"{count} {name}" for name, count in told.items() if count)
-        voice.note(f"{rows} rows: {said}")
-    return 1 if told["failed"] else 2 if told["refused"] else 0
+        end = f"; {held} {'picture' if held == 1 else 'pictures'} withheld" if held else ""
+        voice.note(f"{rows} rows: {said}{end}")
+    return 1 if told["failed"] or held else 2 if told["refused"] else 0

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import names, places, settings
 from diffusion.cli import again
-from diffusion.cli.flags import Parser, interval, number, numbers, sides, size, whole
+from diffusion.cli.flags import Parser, interval, number, numbers, sides, size, whole, whole_or_auto
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.names import SAMPLERS, SCHEDULES
+from diffusion.safety import find_checker
 from diffusion.settings import Settings
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from diffusion.drawing import Drawing
     from diffusion.pipeline import TextToImage
     from diffusion.records import Recalled
@@ -35,6 +38,7 @@ EXAMPLES = """examples:
 Exit code: 0 done, 2 a request that cannot be met, 1 a failure while running, 130 interrupted.
 """
 WORDS = dict.fromkeys(("sampler", "schedule", "negative_prompt"), str)  # fields to compare that are no numbers
+KEEP, WITHHOLD = "keep", "withhold"
 FLOATS = ("guidance_scale", "guidance_rescale", "strength", "hires_strength", "control_scale", "variation_strength")
 
 
@@ -69,7 +73,9 @@ class Request:
         model = find_model(args.model, offline=args.offline)
         if (places.base_of(model) or model).is_dir():  # of a file only its header tells
             wanted.check(places.read_limits(model))
-        return cls(args, wanted, model, loras, axes, Outputs.check(args, wanted, bool(axes)), made)
+        outputs = Outputs.check(args, wanted, bool(axes))
+        check_checker(args)
+        return cls(args, wanted, model, loras, axes, outputs, made)
 
     @property
     def is_small(self) -> bool:
@@ -103,7 +109,7 @@ class Request:
         first = f"{' by '.join(axes)}, the first in " if axes else ""
         size, where = "{}x{}".format(*full.finished), ", ".join(self.outputs.places(**name_parts(full)))
         yield f"would draw {pictures}, {size}, with {model}: {first}{how(full)}, seed {full.seed}, to {where}"
-        yield f"memory: {memory_of(self.args, self.model, max(plans, key=pixels_at_once))}"
+        yield f"memory: {memory_of(max(plans, key=pixels_at_once))}"
         for written, line in counted(plans).items():
             yield f"{written!r}: {line}"
 
@@ -122,17 +128,16 @@ def counted(plans: "Sequence[Drawing]") -> dict[str, str]:
 
 def pixels_at_once(plan: "Drawing") -> int:
     """Of a batch."""
+    assert isinstance(plan.full.batch_size, int), "resolved() gives the batch size"
     width, height = plan.full.finished
-    return width * height * min(plan.full.batch_size or 1, plan.full.count)
+    return width * height * min(plan.full.batch_size, plan.full.count)
 
 
-def memory_of(args: Namespace, path: Path, plan: "Drawing") -> str:
+def memory_of(plan: "Drawing") -> str:
     """What a plan takes, in words."""
-    from diffusion.loading import choose_device, choose_dtype, count_weights
     from diffusion.memory import drawing_bytes
 
-    dtype = choose_dtype(args.dtype, choose_device(args.device), count_weights(path))
-    return str(drawing_bytes(plan.model, plan.full, dtype, max(map(plan.words.chunks, plan.full.shots()))))
+    return str(drawing_bytes(plan.model, plan.full, max(map(plan.words.chunks, plan.full.shots()))))
 
 
 def how(full: Settings) -> str:
@@ -200,6 +205,21 @@ def check_call(args: Namespace) -> dict[str, float]:
     return _loras(args.lora)
 
 
+def check_checker(args: Namespace) -> None:
+    """That a checker is there. It is read, which runs what is in it: not before all else is right."""
+    if args.checker is None and args.flagged is not None:
+        raise ValueError("--flagged is about what a checker flags: give --checker as well")
+    if args.flagged == WITHHOLD and args.preview is not None:
+        raise ValueError("--preview is written before a picture is checked, and --flagged withhold: leave one out")
+    if args.checker is not None:
+        find_checker(args.checker)
+
+
+def withheld(args: Namespace, image: "Image.Image") -> bool:
+    """Whether a picture is not to be written, for its checker flags it."""
+    return args.flagged == WITHHOLD and "flagged" in image.info
+
+
 def check_pictures(args: Namespace, wanted: Settings) -> None:
     """That the pictures that are read are there, and a ControlNet where it has one."""
     if (args.control is None) != (wanted.control_image is None):
@@ -222,7 +242,9 @@ def load_model(args: Namespace, model: Path, loras: dict[str, float], *, weights
         lora_folder=args.lora_dir,
         prediction=args.prediction,
         compile=args.compile,
+        offload=args.offload,
         offline=args.offline,
+        checker=None if args.checker is None else find_checker(args.checker),
         weights=weights,
     )
 
@@ -309,7 +331,7 @@ def _add_which(add: Callable[..., Any], own: str) -> None:
     add("-H", "--height", type=whole, help=f"in pixels ({own})")
     add("--size", type=size, metavar="WxH", help="both at once, for instance 128x64")
     add("--num-images", type=whole, metavar="N", help="pictures of each prompt (default: 1)")
-    add("--batch-size", type=whole, metavar="N", help="pictures drawn at once (default: what fits)")
+    add("--batch-size", type=whole_or_auto, metavar="N", help="pictures drawn at once; auto: as many as memory holds")
     add("--variation-seed", type=whole, metavar="SEED", help="vary the picture of --seed towards this one, + k")
     add("--variation-strength", type=number, metavar="SHARE", help="how far, 0 to 1")
     add("--to-prompt", metavar="TEXT", help="pictures on the way from the prompt to this one")
@@ -345,6 +367,8 @@ def _add_outputs(add: Callable[..., Any], own: str) -> None:
     add("--grid", type=Path, metavar="FILE", help="all pictures on one sheet as well")
     add("--preview", type=Path, metavar="FILE", help="what it looks like so far, after every step")
     add("--film", type=Path, metavar="FILE", help="how it came about: an animation (.gif) or a strip (.png)")
+    add("--checker", metavar="WHERE", help="look at pictures: module:function, file.py:function or a stock folder")
+    add("--flagged", choices=(KEEP, WITHHOLD), help="write what it flags and say so, or do not write it (keep)")
     switch("--json", help="one JSON event a line on stdout: start, step, image, error, done ...")
     switch("--dry-run", help="check the request, say what would be drawn, and stop")
     switch("--verify", help="compare with --from-image and write nothing; exit code 0 only if no pixel differs")
@@ -355,6 +379,8 @@ def _add_outputs(add: Callable[..., Any], own: str) -> None:
 def _add_machine(add: Callable[..., Any], own: str) -> None:
     add("--device", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--compile", action="store_true", help="compile the U-Net: a minute at first, faster from then on")
+    add("--vae-tiling", type=whole, metavar="PIXELS", help="decode in tiles of 512: large pictures in less memory")
+    add("--offload", action="store_true", help="on a GPU keep only the network that is at work")
     add("--dtype", help="fp32, bf16 or fp16 (default: what the machine is fast at; small models fp32)")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from diffusion import schedules
 from diffusion.models.networks import first_weight, spatial_factor
+from diffusion.models.offload import Offload
 from diffusion.models.stock import (
     AutoencoderKL,
     CLIPTextModel,
@@ -144,6 +145,7 @@ class Model:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zero_empty: bool = False
     compiled: Any = None  # what the U-Net's forward has become, if it was compiled
+    offload: Offload | None = None  # what brings its networks to the device, if they wait elsewhere
     adapters: dict[str, float] = field(default_factory=dict)  # what was merged into the weights, and how strongly
     reports: dict[str, str] = field(default_factory=dict)  # what a person may want to know of each LoRA
 
@@ -168,8 +170,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where its U-Net is."""
-        return first_weight(self.unet).device
+        """Where it works."""
+        return first_weight(self.unet).device if self.offload is None else self.offload.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,6 +17,14 @@ from torch.distributed.tensor import DTensor
 from diffusion.models.stock import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 
 
+class AutoencoderNotFinite(FloatingPointError):
+    """An autoencoder put out numbers that are not finite."""
+
+
+class UNetNotFinite(FloatingPointError):
+    """A U-Net, or what leads it, put out numbers that are not finite."""
+
+
 def build_autoencoder(arguments: dict[str, Any]) -> AutoencoderKL:
     """A new ``AutoencoderKL``: pictures ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, H/f, W/f)``."""
     return _build(AutoencoderKL, arguments)
@@ -73,7 +81,8 @@ def spatial_factor(vae: AutoencoderKL) -> int:
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(B, C, h, w)`` of the posterior of pixels ``(B, 3, H, W)``."""
-    posterior = vae.encode(pixels.to(vae.device)).latent_dist
+    weight = first_weight(vae)
+    posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
     return posterior.mean, posterior.std
 
 
@@ -91,13 +100,46 @@ def to_latents(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Pictures from latents ``(B, C, h, w)`` as the U-Net sees them. FloatingPointError if they are not finite."""
+    """Pictures from latents ``(B, C, h, w)`` as the U-Net sees them. AutoencoderNotFinite if there are none."""
     shift = vae.config.shift_factor
     dtype, raw = first_weight(vae).dtype, latents / vae.config.scaling_factor + (0.0 if shift is None else shift)
     pixels = torch.cat([vae.decode(one.to(dtype)).sample for one in raw.split(1)])
-    if not torch.isfinite(pixels).all():
-        raise FloatingPointError("the autoencoder put out numbers that are not finite: try --dtype fp32")
-    return to_images(pixels)
+    return to_images(_finite(pixels))
+
+
+def encode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> Tensor:
+    """The mean of the posterior of RGB pictures of one size, ``(B, C, h, w)`` as the U-Net sees it, one by one.
+
+    AutoencoderNotFinite if there is none.
+    """
+    return torch.cat([_finite(to_latents(vae, to_pixels([image]))[0]) for image in images])
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise AutoencoderNotFinite("the autoencoder put out numbers that are not finite")
+    return values
+
+
+@contextmanager
+def tiled(vae: AutoencoderKL, tile: int | None) -> Iterator[None]:
+    """Within the block an autoencoder works in tiles of so many pixels, a quarter of which overlap and fade.
+
+    Memory is then that of a tile. Normalisation sees a tile and not the picture, so colours drift a little between
+    them. ``tile`` is a multiple of four latent cells; None: it works as it does.
+    """
+    if tile is None:
+        yield
+        return
+    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+    before = {name: getattr(vae, name) for name in names}
+    for name, value in zip(names, (True, tile, tile // spatial_factor(vae), 0.25), strict=True):
+        setattr(vae, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

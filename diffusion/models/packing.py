@@ -55,7 +55,7 @@ class _Packed:
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
         weight = layer.weight
-        if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or self._is_special():
+        if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or self._is_special(x):
             return self.plain(layer, x)
         made_of = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self.made_of != made_of:
@@ -65,8 +65,10 @@ class _Packed:
         shape = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, layer.bias, *shape, "none", [], "")
 
-    def _is_special(self) -> bool:
-        """Whether someone has changed how this layer convolves: edges that wrap, padding by name."""
+    def _is_special(self, x: Tensor) -> bool:
+        """Whether there is no kernel: not for float16, nor where someone has changed how this layer convolves."""
+        if x.dtype == torch.float16:
+            return True
         return self.convolves and ("_conv_forward" in self.layer.__dict__ or isinstance(self.layer.padding, str))
 
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
