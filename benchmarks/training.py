@@ -10,18 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.measure import contest
+from benchmarks.measure import Timing, contest
 from benchmarks.table import Row
 from diffusion import TextToImage
 
@@ -53,7 +55,7 @@ def rows(rounds: int, peer_script: Path | None = None) -> list[Row]:
 
         folder = random_sd15(Path(scratch) / "quarter", widths=(128, 256, 512, 512))
         found += speed(Case("a fifth of SD 1.5, 256x256", folder, 256, 4, 5, 1), rounds, peer_script)
-    return [*found, *reached(replace(shipped, batch=16))]
+    return [*found, *shares(replace(shipped, steps=shipped.warm + 2 * rounds)), *reached(replace(shipped, batch=16))]
 
 
 def speed(case: Case, rounds: int, peer_script: Path | None = None) -> list[Row]:
@@ -86,6 +88,40 @@ def ours(case: Case, scratch: Path, number: int) -> float:
     given = {"steps": case.steps, "batch_size": case.batch, "log_every": case.warm, "ema": DECAY, "lr": RATE}
     run = trained(case, scratch, f"run{number}", 0, **given)
     return sum(seconds for _, seconds in timed(run, case.batch)[1:])
+
+
+def shares(case: Case) -> list[Row]:
+    """P4c: how many times as long a step is as what it does besides forward and backward."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from diffusion.ema import Ema
+    from diffusion.run import Run
+
+    parts = {"data": (Run, "next"), "optimizer": (AcceleratedOptimizer, "step"), "averages": (Ema, "update")}
+    with TemporaryDirectory() as scratch, ExitStack() as clocks:
+        spent = {name: clocks.enter_context(clocked(*place)) for name, place in parts.items()}
+        run = trained(case, Path(scratch), "run", 0, steps=case.steps, batch_size=case.batch, log_every=1, ema=DECAY)
+        step = Timing([seconds for _, seconds in timed(run, case.batch)][case.warm :])
+    middle = {name: float(np.median(seconds[case.warm :])) for name, seconds in spent.items()}
+    what = f"training, {case.title}, batch {case.batch}: a step / its optimizer, averages and data"
+    told, own = {f"{name}, ms": round(1e3 * seconds, 1) for name, seconds in middle.items()}, sum(middle.values())
+    return [Row("P4c", what, step.median / own, 1 / 0.08, step.median, own, step.spread, more=told)]
+
+
+@contextmanager
+def clocked(kind: type, name: str) -> Iterator[list[float]]:
+    """The seconds of each call of a method within the block."""
+    spent: list[float] = []
+    plain = getattr(kind, name)
+
+    def method(*given: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        found = plain(*given, **named)
+        spent.append(time.perf_counter() - started)
+        return found
+
+    with patch.object(kind, name, method):
+        yield spent
 
 
 def trained(case: Case, scratch: Path, name: str, seed: int, **train: Any) -> Path:
@@ -135,7 +171,8 @@ def recipe_steps(case: Case, cached: bool, seed: int) -> Iterator[tuple[float, A
     optimizer = torch.optim.AdamW(unet.parameters(), lr=case.rate, betas=(0.9, 0.999), weight_decay=0.01)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     pictures, captions = read(case.batch)
-    loader = torch.utils.data.DataLoader(range(len(pictures)), batch_size=case.batch, shuffle=True, drop_last=True)
+    numbers: Any = range(len(pictures))
+    loader = torch.utils.data.DataLoader(numbers, batch_size=case.batch, shuffle=True, drop_last=True)
     unet, optimizer, loader, rates = accelerator.prepare(unet, optimizer, loader, rates)
     encode = partial(prepared, vae=vae, encoder=encoder, tokenizer=tokenizer, side=case.side)
     known = encode(pictures, captions) if cached else None
@@ -267,7 +304,7 @@ class Judge:
 
     def __init__(self, model: Path) -> None:
         sys.path.insert(0, str(ROOT / "assets"))
-        from demos import UNSEEN, is_delft
+        from demos import UNSEEN, is_delft  # type: ignore[import-not-found]
 
         self.prompts, self.is_right = " ".join(UNSEEN.split()).split(", "), is_delft
         self.model = TextToImage.load(model, "cpu", "fp32")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class Ema:
     """Averaged copies of a module's parameters.
 
-    The decay warms up as ``1 - (1 + step)^(-3/4)`` until it reaches its ceiling, so that the random initial weights
-    are forgotten early (the warm-up of k-diffusion and diffusers' ``EMAModel`` with power 3/4).
+    The decay warms up as ``(1 + step) / (10 + step)`` until it reaches its ceiling (the ``num_updates`` of TensorFlow's
+    ``ExponentialMovingAverage``; diffusers' ``EMAModel`` is one step behind), so that it is of the last tenth of
+    the steps: short runs are averaged too, and do not lag behind their own weights.
     """
 
     def __init__(self, module: nn.Module, decay: float, every: int = 1) -> None:
@@ -27,7 +28,7 @@ class Ema:
         """
         if step % self.every:
             return
-        decay = min(self.decay, 1 - (1 + step) ** -0.75) ** self.every
+        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
         live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
 

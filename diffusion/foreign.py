@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from diffusion.images import parse_parameters
+from diffusion.parameters import parse_parameters
 
 UNNAMED = {"name": "", "sha256": ""}  # a picture that was drawn from, of which nothing is recorded
 Texts = Mapping[str, str]
-Size = tuple[int, int]
 
 
 class Found(NamedTuple):
@@ -27,8 +26,10 @@ class Found(NamedTuple):
     notes: tuple[str, ...] = ()  # what is recorded, and is not done here
 
 
-def read(texts: Texts, size: Size) -> Found | None:
+def read(texts: Texts, size: tuple[int, int]) -> Found | None:
     """The record of a picture of a size, from the texts that it carries; None where none of them is known.
+
+    Where it says nothing of a size, that is the picture's.
 
     ValueError for a text that is damaged, or says more than a record can.
     """
@@ -36,9 +37,10 @@ def read(texts: Texts, size: Size) -> Found | None:
     if key is None:
         return None
     try:
-        return READERS[key](texts, size)
+        found = READERS[key](texts)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"its {key} is not written as it should be ({type(error).__name__}: {error})") from None
+    return found._replace(record={"width": size[0], "height": size[1]} | found.record)
 
 
 def shown(texts: Texts) -> dict[str, Any]:
@@ -48,8 +50,9 @@ def shown(texts: Texts) -> dict[str, Any]:
 
 def told(extras: Mapping[str, Any]) -> tuple[str, ...]:
     """One note of all that is recorded and has no meaning here."""
-    kept = {name: value for name, value in extras.items() if value not in (None, "", False, [], {})}
-    found = ", ".join(f"{name} {_brief(value)}" for name, value in kept.items())
+    kept = [(name, value) for name, value in extras.items() if value not in (None, "", False, [], {})]
+    texts = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in kept]
+    found = ", ".join(f"{name} {text if len(text) <= 60 else f'{text[:57]}...'}" for name, text in texts)
     return (f"recorded, and not done here: {found}",) if found else ()
 
 
@@ -58,16 +61,13 @@ def told(extras: Mapping[str, Any]) -> tuple[str, ...]:
 NUMBERS = {  # its name of a number -> ours
     "Steps": "steps",
     "CFG scale": "guidance_scale",
-    "CFG Rescale": "guidance_rescale",
-    "CFG rescale": "guidance_rescale",
+    **dict.fromkeys(("CFG Rescale", "CFG rescale"), "guidance_rescale"),
     "Seed": "seed",
     "Clip skip": "clip_skip",
     "Variation seed": "variation_seed",
-    "Variation seed strength": "variation_strength",
-    "Variation strength": "variation_strength",
+    **dict.fromkeys(("Variation seed strength", "Variation strength"), "variation_strength"),
     "Mask blur": "mask_blur",
-    "Hires upscale": "hires",
-    "Hires scale": "hires",
+    **dict.fromkeys(("Hires upscale", "Hires scale"), "hires"),
     "To seed": "to_seed",
     "Share": "share",
 }
@@ -82,7 +82,7 @@ SAID = {  # what changes no pixel, or says again what something else has said
 NESTED = re.compile(r",?\s*(Hashes|Civitai resources|Civitai metadata):\s*(\{.*?\}|\[.*?\])(?=,|$)")
 
 
-def _automatic1111(texts: Texts, size: Size) -> Found:
+def _automatic1111(texts: Texts) -> Found:
     text = texts["parameters"].strip()
     if text.startswith("{"):
         raise ValueError("its parameters are JSON of a program that is not known here, and not AUTOMATIC1111's text")
@@ -92,19 +92,15 @@ def _automatic1111(texts: Texts, size: Size) -> Found:
     ours = values.get("Version", "").startswith("diffusion ")
     record |= {field: _number(label, values.pop(label)) for label, field in NUMBERS.items() if label in values}
     record |= {field: values.pop(label) for label, field in WORDS.items() if label in values}
-    width, height = _sides(values.pop("Size", "")) or size
-    record |= {"width": width, "height": height} | _sampler(values) | _again(values, record, width)
-    if values.pop("Tiling", "") == "True":
-        record["tile"] = "xy"
+    record |= _sides(values.pop("Size", "")) | _sampler(values)
+    record |= _again(values, record) | {"tile": "xy" if values.pop("Tiling", "") == "True" else ""}
     for label, field in (("CFG interval", "guidance_interval"), ("Sigmas", "sigmas")):
         if label in values:
             record[field] = [_number(label, part) for part in values.pop(label).split(",")]
     record["prompt_loras"] = _hashed(values.pop("Lora hashes", ""), nested.get("Hashes", ""))
     notes = list(told({name: value for name, value in values.items() if name not in SAID}))
     if values.get("RNG", "GPU") != "CPU":
-        notes.append(
-            "its noise was drawn on a GPU, and is drawn on the CPU here: the same settings give another picture"
-        )
+        notes.append("its noise was drawn on a GPU: drawn on the CPU, the same settings give another picture")
     if re.search(r"\bAND\b|<(?!lora:)\w+:[^<>]*>", record["prompt"]):
         notes.append("AND and tags other than <lora:...> are text here")
     return Found("diffusion" if ours else "AUTOMATIC1111", record, tuple(notes))
@@ -123,17 +119,17 @@ def _sampler(values: dict[str, str]) -> dict[str, str]:
     return {"sampler": sampler, "schedule": SCHEDULES.get(_plain(schedule), schedule)}
 
 
-def _again(values: dict[str, str], record: dict[str, Any], width: int) -> dict[str, Any]:
+def _again(values: dict[str, str], record: dict[str, Any]) -> dict[str, Any]:
     """Drawn larger once more, or from a picture: it is the denoising strength of either."""
-    larger = _sides(values.get("Hires resize", ""))
-    times = record.get("hires") or (larger[0] / width if larger is not None and larger[0] and width else None)
+    larger, width = _sides(values.get("Hires resize", "")).get("width", 0), record.get("width", 0)
+    times = record.get("hires") or (larger / width if width else 0)
     strength = values.pop("Denoising strength", None)
     if values.get("Hires steps") in ("0", str(record.get("steps"))):  # as many as before: so it is here
         del values["Hires steps"]
     if strength is None:
         return {}
     share = _number("Denoising strength", strength)
-    if times is not None and times > 1:
+    if times > 1:
         return {"hires": times, "hires_strength": share}
     record.pop("hires", None)
     if "First pass size" in values:  # of old: the picture was drawn smaller first, by a rule of that time
@@ -144,13 +140,10 @@ def _again(values: dict[str, str], record: dict[str, Any], width: int) -> dict[s
 
 def _hashed(listed: str, hashes: str) -> list[dict[str, str]]:
     """LoRAs of a prompt by name and hash: ``a: 0123, b: 4567``, or keys ``lora:a`` of a JSON object."""
-    pairs = [pair.rpartition(":") for pair in listed.split(",") if ":" in pair]
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    try:
-        others = json.loads(hashes) if hashes and not found else {}
-    except ValueError:
-        others = {}
-    found |= {str(key)[5:]: str(value) for key, value in dict(others).items() if str(key).startswith("lora:")}
+    found = {name.strip(): value.strip() for name, value in re.findall(r"([^,]+):([^,:]*)", listed)}
+    others = {} if found else _held(hashes)
+    if isinstance(others, dict):
+        found |= {key[5:]: str(value) for key, value in others.items() if key.startswith("lora:")}
     return [{"name": name, "hash": value} for name, value in found.items()]
 
 
@@ -167,68 +160,69 @@ INVOKED_SAID = {"generation_mode", "rand_device", "app_version", "_canvas_object
 COMPEL = re.compile(r"[\w)\"][+-]{1,4}(?=[\s,)]|$)|\)\d*\.?\d+")
 
 
-def _invokeai(texts: Texts, size: Size) -> Found:
+def _invokeai(texts: Texts) -> Found:
     values = _object(texts["invokeai_metadata"], "invokeai_metadata")
-    record: dict[str, Any] = {"width": size[0], "height": size[1]}
-    record |= {ours: values.pop(theirs) for theirs, ours in INVOKED.items() if values.get(theirs) is not None}
+    record = {ours: values.pop(theirs) for theirs, ours in INVOKED.items() if values.get(theirs) is not None}
     record |= _scheduler(values.pop("scheduler", None))
     sides = "".join(axis for axis in "xy" if values.pop(f"seamless_{axis}", False))
     record |= {"tile": sides, "clip_skip": (values.pop("clip_skip", None) or 0) + 1}
-    record["model"], record["model_hash"] = _invoked(values.pop("model", None))
-    record["loras"] = [_invoked_lora(one) for one in values.pop("loras", None) or ()]
+    model = _invoked(values.pop("model", None))
+    record |= {"model": model["name"], "model_hash": model["hash"]}
+    loras = values.pop("loras", None) or ()
+    named = [(_invoked(one.get("model") or one.get("lora")), one.get("weight", 1.0)) for one in loras]
+    record["loras"] = [lora | {"weight": weight} for lora, weight in named]
     begun = values.pop("init_image", None)
     if begun or "img2img" in str(values.get("generation_mode")):
         record["init_image"] = UNNAMED | {"name": str(begun or "")}
-    else:
-        record.pop("strength", None)
     if values.get("rand_device") not in (None, "cpu"):
         values["noise drawn on"] = values["rand_device"]
     for name in ("positive_style_prompt", "negative_style_prompt"):
         if values.get(name) == record.get(name.replace("positive_style_", "").replace("style_", "")):
             values.pop(name, None)  # what SDXL's second encoder reads is what the first one does
-    return _literal("InvokeAI", record, {name: values[name] for name in values if name not in INVOKED_SAID})
+    return _literal(record, {name: values[name] for name in values if name not in INVOKED_SAID})
 
 
-def _invokeai_2(texts: Texts, size: Size) -> Found:
+def _invokeai_2(texts: Texts) -> Found:
     whole = _object(texts["sd-metadata"], "sd-metadata")
     values = dict(whole.get("image") or {})
     prompts = values.pop("prompt", "")
     text = prompts if isinstance(prompts, str) else " ".join(str(dict(one).get("prompt", "")) for one in prompts)
-    record: dict[str, Any] = {"width": size[0], "height": size[1]} | _in_brackets(text)
-    record |= {ours: values.pop(theirs) for theirs, ours in INVOKED.items() if values.get(theirs) is not None}
-    record |= _scheduler(values.pop("sampler", None)) | {"tile": "xy" if values.pop("seamless", False) else ""}
+    record = {ours: values.pop(theirs) for theirs, ours in INVOKED.items() if values.get(theirs) is not None}
+    record |= _in_brackets(text) | _scheduler(values.pop("sampler", None))
+    record |= {"tile": "xy" if values.pop("seamless", False) else ""}
     record |= {"model": whole.get("model_weights", ""), "model_hash": str(whole.get("model_hash", ""))}
     if values.pop("type", "txt2img") == "img2img":
         record["init_image"] = UNNAMED
-    else:
-        record.pop("strength", None)
-    extras = {name: value for name, value in values.items() if value != 0 and name not in ("orig_hash", "mask_hash")}
-    return _literal("InvokeAI", record, extras)
+    extras = {name: value for name, value in values.items() if name not in ("orig_hash", "mask_hash")}
+    return _literal(record, extras)
 
 
 DREAM = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "guidance_scale", "f": "strength"}
 
 
-def _dream(texts: Texts, size: Size) -> Found:
+def _dream(texts: Texts) -> Found:
     """``"a cat" -s 50 -S 1 -W 512 -H 512 -C 7.5 -A k_lms``, with or without blanks."""
     match = re.match(r'\s*"(.*)"(.*)$', texts["Dream"], re.DOTALL)
     if match is None:
         raise ValueError("its Dream text is not a prompt in quotes and flags")
     values = dict(re.findall(r"(?:^|\s)-(\w)\s*([^\s-]\S*)?", match[2]))
-    record: dict[str, Any] = {"width": size[0], "height": size[1]} | _in_brackets(match[1])
+    record: dict[str, Any] = _in_brackets(match[1]) | _scheduler(values.pop("A", None))
     record |= {ours: _number(f"-{flag}", values.pop(flag)) for flag, ours in DREAM.items() if flag in values}
-    record |= _scheduler(values.pop("A", None))
     if "I" in values:
         record["init_image"] = UNNAMED | {"name": values.pop("I")}
     extras = {f"-{flag}": value or "set" for flag, value in values.items() if flag not in "bndg"}
-    return _literal("InvokeAI", record, extras)
+    return _literal(record, extras)
 
 
-def _literal(program: str, record: dict[str, Any], extras: Mapping[str, Any]) -> Found:
-    """A prompt of another prompt language: to the letter, but for weights that its signs would be."""
+def _literal(record: dict[str, Any], extras: Mapping[str, Any]) -> Found:
+    """A prompt of another prompt language: to the letter, but for weights that its signs would be.
+
+    A strength is written down whatever was done, and means something beside a picture to begin from.
+    """
     signs = COMPEL.findall(f"{record.get('prompt', '')} {record.get('negative_prompt', '')}")
-    notes = (f"weights in {program}'s way ({', '.join(signs)}) are text here",) if signs else ()
-    return Found(program, record | {"literal": True}, (*told(extras), *notes))
+    notes = (f"weights in InvokeAI's way ({', '.join(signs)}) are text here",) if signs else ()
+    kept = {name: value for name, value in record.items() if name != "strength" or "init_image" in record}
+    return Found("InvokeAI", kept | {"literal": True}, (*told(extras), *notes))
 
 
 def _in_brackets(text: str) -> dict[str, str]:
@@ -246,33 +240,26 @@ def _scheduler(name: Any) -> dict[str, str]:
     return {"sampler": sampler, "schedule": "karras" if karras else "discrete"}
 
 
-def _invoked(model: Any) -> tuple[str, str]:
+def _invoked(model: Any) -> dict[str, Any]:
     """Name and hash of a model; of the hashes only SHA-256 can be compared here."""
     named = model if isinstance(model, dict) else {"name": model or ""}
     kind, _, digest = str(named.get("hash") or "").rpartition(":")
-    return str(named.get("model_name") or named.get("name") or ""), digest if kind == "sha256" else ""
-
-
-def _invoked_lora(one: Any) -> dict[str, Any]:
-    facts = one if isinstance(one, dict) else {}
-    name, digest = _invoked(facts.get("model") or facts.get("lora"))
-    return {"name": name, "weight": facts.get("weight", 1.0), "hash": digest}
+    return {"name": str(named.get("model_name") or named.get("name") or ""), "hash": digest if kind == "sha256" else ""}
 
 
 # --- kohya's scripts
 
 KOHYA_NUMBERS = {"seed": "seed", "steps": "steps", "scale": "guidance_scale"}
-KOHYA_SAID = {"raw-prompt", "original-height", "original-width", "original-height-negative", "original-width-negative"}
+KOHYA_SAID = ("raw-prompt", "original-")  # how the names begin of what something else has said
 
 
-def _kohya(texts: Texts, size: Size) -> Found:
+def _kohya(texts: Texts) -> Found:
     """A text for each value. Neither the model nor what was put on it is among them; the size is the picture's."""
     values = {name: texts[name] for name in KOHYA if name in texts}
-    record: dict[str, Any] = {"prompt": values.pop("prompt"), "width": size[0], "height": size[1]}
-    record["negative_prompt"] = values.pop("negative-prompt", "")
+    record: dict[str, Any] = {"prompt": values.pop("prompt"), "negative_prompt": values.pop("negative-prompt", "")}
     record |= {ours: _number(name, values.pop(name)) for name, ours in KOHYA_NUMBERS.items() if name in values}
     record |= _scheduler(values.pop("sampler", None))
-    extras = {name: value for name, value in values.items() if name not in KOHYA_SAID and value != "0"}
+    extras = {name: value for name, value in values.items() if not name.startswith(KOHYA_SAID) and value != "0"}
     return Found("kohya", record, told(extras))
 
 
@@ -292,17 +279,15 @@ PLAIN_NODES = {  # a graph of nothing but these can be read
 Graph = Mapping[str, Mapping[str, Any]]
 
 
-def _comfyui(texts: Texts, size: Size) -> Found:
+def _comfyui(texts: Texts) -> Found:
     graph: Graph = _object(texts["prompt"], "prompt")
-    kinds = [str(node.get("class_type")) if isinstance(node, dict) else "" for node in graph.values()]
-    strange = sorted({kind for kind in kinds if kind not in PLAIN_NODES})
-    if strange or kinds.count("KSampler") != 1:
-        why = f"has {', '.join(strange)}" if strange else f"has {kinds.count('KSampler')} KSampler nodes"
+    strange = sorted({str(node["class_type"]) for node in graph.values()} - PLAIN_NODES)
+    samplers = [node for node in graph.values() if node["class_type"] == "KSampler"]
+    if strange or len(samplers) != 1:
+        why = f"has {', '.join(strange)}" if strange else f"has {len(samplers)} KSampler nodes"
         raise ValueError(f"ComfyUI's graph is not simple enough to be read: it {why}; give the prompt and settings")
-    node = next(node for node, kind in zip(graph.values(), kinds, strict=True) if kind == "KSampler")
-    drawn = node["inputs"]
-    record: dict[str, Any] = {"width": size[0], "height": size[1]}
-    record |= {"prompt": _text(graph, drawn, "positive"), "negative_prompt": _text(graph, drawn, "negative")}
+    drawn = samplers[0]["inputs"]
+    record = dict[str, Any](prompt=_text(graph, drawn, "positive"), negative_prompt=_text(graph, drawn, "negative"))
     record |= {"seed": drawn["seed"], "steps": drawn["steps"], "guidance_scale": drawn["cfg"]}
     sampler = str(drawn["sampler_name"]).removesuffix("_gpu").removesuffix("_bh2")
     record |= {"sampler": sampler, "schedule": SCHEDULES.get(str(drawn["scheduler"]), drawn["scheduler"])}
@@ -364,12 +349,12 @@ def _weights(graph: Graph, drawn: Mapping[str, Any]) -> dict[str, Any]:
 # --- values
 
 
-def _prompt(texts: Texts, size: Size) -> Found:
+def _prompt(texts: Texts) -> Found:
     """Two programs call a text ``prompt``: ComfyUI writes a graph, and kohya words."""
-    return (_comfyui if texts["prompt"].lstrip().startswith("{") else _kohya)(texts, size)
+    return (_comfyui if texts["prompt"].lstrip().startswith("{") else _kohya)(texts)
 
 
-READERS: dict[str, Callable[[Texts, Size], Found]] = {
+READERS: dict[str, Callable[[Texts], Found]] = {
     "invokeai_metadata": _invokeai,
     "sd-metadata": _invokeai_2,
     "Dream": _dream,
@@ -387,12 +372,9 @@ def _held(text: str) -> Any:
 
 
 def _object(text: str, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {what} is damaged JSON ({error})") from None
+    found = _held(text)
     if not isinstance(found, dict):
-        raise ValueError(f"its {what} is no JSON object")
+        raise ValueError(f"its {what} is damaged JSON, or no JSON object")
     return found
 
 
@@ -403,9 +385,9 @@ def _number(name: str, text: str) -> int | float:
         raise ValueError(f"its {name} {text!r} is no number") from None
 
 
-def _sides(text: str) -> tuple[int, int] | None:
+def _sides(text: str) -> dict[str, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-    return None if found is None else (int(found[1]), int(found[2]))
+    return {} if found is None else {"width": int(found[1]), "height": int(found[2])}
 
 
 def _plain(name: str) -> str:
@@ -415,8 +397,3 @@ def _plain(name: str) -> str:
 def _stem(name: Any) -> str:
     """A file of another machine, whose folders may be written with either slash, by its name."""
     return PurePath(str(name).replace("\\", "/")).stem
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,8 +13,9 @@ from PIL import Image, ImageChops
 
 from diffusion import canvas
 from diffusion.cli.generate import reason
-from diffusion.images import parse_parameters, read_metadata
+from diffusion.images import read_metadata
 from diffusion.names import SAMPLERS, SCHEDULES
+from diffusion.parameters import parse_parameters
 from diffusion.studio import Form, Seen, Studio
 from diffusion.values import Source
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffusion import TextToImage, drawing, samplers
+from diffusion import TextToImage, drawing, jobs, prompts, samplers
 from diffusion.canvas import Canvas, make_canvas, soften
-from diffusion.images import parse_parameters, read_metadata
+from diffusion.images import read_metadata
 from diffusion.models import previews
 from diffusion.models.folder import load_model
 from diffusion.models.networks import to_latents, to_pixels
+from diffusion.parameters import parse_parameters
 from diffusion.repair import Repairs
 from diffusion.schedules import levels
 from diffusion.settings import Settings
@@ -615,20 +616,22 @@ def test_lists_of_prompts_draw_their_choices(draw, tmp_path):  # noqa: F811
     (tmp_path / "wildcards").mkdir()
     (tmp_path / "wildcards/thing.txt").write_text("boat\ncat\n")
     (tmp_path / "list.txt").write_text("# a list\n{red|blue} __thing__\n\ngreen {apple|house}\n")
-    prompts = set()
+    found = set()
     for seed in range(6):
         said = draw("--prompts", "list.txt", "-s", str(seed), "--steps", "1")
         assert said.code == 0, said.err
         first, second = (made(path)["prompt"] for path in said.paths)
         assert first.split()[0] in ("red", "blue")
         assert first.split()[1] in ("boat", "cat")
-        prompts.add(first)
+        found.add(first)
         assert second in ("green apple", "green house")
-    assert len(prompts) > 1
+    assert len(found) > 1
     (tmp_path / "wildcards").rename(tmp_path / "words")
     assert draw("--prompts", "list.txt", "-s", "5", "--steps", "1").code == 2
     named = draw("--prompts", "list.txt", "-s", "5", "--steps", "1", "--wildcards", "words")
     assert made(named.paths[0])["prompt"] == first
+    rows = jobs.choose(jobs.read_jobs("list.txt"), 5, prompts.read_wildcards(Path("words")))
+    assert rows[0].fields["prompt"] == first
     (tmp_path / "words").rename(tmp_path / "wildcards")
     again = draw("--prompts", "list.txt", "-s", "5", "--steps", "1")
     assert made(again.paths[0])["prompt"] == first

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -322,6 +323,16 @@ def test_equal_weights_visit_each_picture_once_an_epoch():
         visits = order.visits(epoch * 10, epoch * 10 + 10)
         assert sorted(index for index, _ in visits) == list(range(10))
     assert len({tuple(order.visits(e * 10, e * 10 + 10)) for e in range(3)}) == 3
+
+
+def test_an_order_takes_a_few_bytes_a_picture():
+    size, order = 20_000, Order(0, np.full(20_000, 1 / 20_000))
+    tracemalloc.start()
+    visits = order.visits(size - 3, size + 3)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2 * 20 * size, "of two epochs, as numbers and not as objects"
+    assert visits == order.visits(size - 3, size) + order.visits(size, size + 3)
 
 
 def test_groups_share_one_weight(folder):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import TextToImage
 from diffusion.cli.generate import run
 from diffusion.images import read_metadata
+from families import psnr
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "PIL", "pydantic", "transformers", "diffusers", "tqdm")
@@ -99,6 +102,20 @@ def test_every_flag_reaches_the_picture(draw: Command, words: list[str], expecte
     record = made(said.paths[0])
     assert {name: record[name] for name in expected} == expected
     assert Image.open(said.paths[0]).size == (record["width"], record["height"])
+
+
+def test_compiling_is_told_and_changes_no_picture(
+    draw: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward) or forward)
+    said = draw("red", "-s", "1", "--compile", "--dtype", "fp32", "-o", "fast.png")
+    assert (said.code, len(compiled)) == (0, 1), said.err
+    assert re.search("--compile: .* s to compile", said.err)
+    fast = TextToImage.load(tiny_model, "cpu", "fp32", compile=True)
+    assert len(compiled) == 2
+    (plain,) = TextToImage.load(tiny_model, "cpu", "fp32")("red", seed=1)
+    assert all(psnr(image, plain) >= 60 for image in (Image.open("fast.png"), *fast("red", seed=1)))
 
 
 def test_prompts_may_stand_anywhere(draw: Command) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion import TextToImage, __version__, images, sheets
 from diffusion.images import check_output, parse_output, read_metadata, save_image
+from diffusion.parameters import format_parameters, parse_parameters
 from test_generate_cli import Command, draw  # noqa: F401 - a fixture
 
 MADE = {
@@ -37,25 +38,25 @@ def picture() -> Image.Image:
 def test_metadata_round_trip(tmp_path: Path, suffix: str) -> None:
     path = save_image(picture(), tmp_path / f"x{suffix}")
     found = read_metadata(path)
-    assert found == {"parameters": images.format_parameters(MADE), "diffusion": MADE}
+    assert found == {"parameters": format_parameters(MADE), "diffusion": MADE}
     assert read_metadata(save_image(picture(), tmp_path / f"y{suffix}", metadata=False)) == {}
 
 
 def test_parameters_are_written_as_other_tools_read_them() -> None:
-    text = images.format_parameters(MADE | {"prompt": "a cat", "model": "m"})
+    text = format_parameters(MADE | {"prompt": "a cat", "model": "m"})
     assert text == (
         "a cat\nNegative prompt: boat, cat\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 18446744073709551615, "
         "Size: 512x768, Model hash: 0123456789, Model: m, RNG: CPU, Version: diffusion 1"
     )
-    assert "Negative prompt" not in images.format_parameters(MADE | {"negative_prompt": ""})
+    assert "Negative prompt" not in format_parameters(MADE | {"negative_prompt": ""})
 
 
 def test_parameters_are_taken_apart() -> None:
-    found = images.parse_parameters(images.format_parameters(MADE))
+    found = parse_parameters(format_parameters(MADE))
     assert (found["prompt"], found["negative_prompt"]) == (MADE["prompt"], "boat, cat")
     assert (found["Model"], found["Seed"], found["Size"]) == ("a, b: c", str(2**64 - 1), "512x768")
-    assert images.parse_parameters("only a prompt") == {"prompt": "only a prompt", "negative_prompt": ""}
+    assert parse_parameters("only a prompt") == {"prompt": "only a prompt", "negative_prompt": ""}
 
 
 def test_taken_names_are_passed_over_and_removed_ones_not_given_again(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_sheet_is_a_composite_if_any_of_its_pictures_is() -> None:
 def test_a_gif_has_the_parameters_for_a_comment(tmp_path: Path) -> None:
     sheets.save_film([Image.new("RGB", (8, 6)), picture()], tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as film:
-        assert film.info["comment"].decode() == images.format_parameters(MADE)
+        assert film.info["comment"].decode() == format_parameters(MADE)
         assert film.n_frames == 2
 
 
@@ -224,7 +225,7 @@ def test_an_animation_says_how_it_was_made_unless_it_is_not_to(draw: Command) ->
     words = ("red apple", "--to-prompt", "blue boat", "--frames", "2", "--steps", "1", "-s", "1", "-o", "way.gif")
     assert draw(*words).code == 0
     with Image.open("way.gif") as film:
-        found = images.parse_parameters(film.info["comment"].decode())
+        found = parse_parameters(film.info["comment"].decode())
     assert (found["prompt"], found["To prompt"], found["Frames"]) == ("red apple", "blue boat", "2")
     draw(*words, "--no-metadata")
     with Image.open("way.gif") as film:

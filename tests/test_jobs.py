@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diffusion.cli import jobs as command
 from diffusion.jobs import choose, read_jobs, run_jobs
 from diffusion.options import read_line
 from diffusion.settings import Settings
+from test_controls import red  # noqa: F401 - a fixture
 from test_generate_cli import ROOT, draw, made  # noqa: F401 - a fixture
 
 
@@ -320,6 +322,45 @@ def test_resume_does_what_is_not_done_or_has_changed_or_is_gone(draw, monkeypatc
     assert draw(*words, "--cfg", "2").paths, "another call is another picture"
 
 
+def test_a_row_is_known_by_all_that_it_asks_for_and_by_nothing_else(tiny_model, red, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").symlink_to(tiny_model)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/config.json").write_text("{}")
+
+    def keys(*rows, words=()):
+        words = ["-m", str(tiny_model), "--prompts", listing("rows.jsonl", *rows), *words]
+        args = command.request.parser("x").read(words, words="words")
+        return [task.key for task in command.Listed.check(args).tasks]
+
+    def picture(colour):
+        Image.new("RGB", (16, 16), colour).save("begin.png")
+        return keys(row | {"init_image": "begin.png"})[0]
+
+    row = {"prompt": "red {cat|boat}"}
+    (plain,) = keys(row)
+    assert plain == keys(row)[0] == keys({"prompt": "green"}, row)[1] == keys(row, words=["--batch-size", "2"])[0]
+    seeded = keys(row | {"seed": 3})[0]
+    assert seeded == keys(row, words=["-s", "3"])[0] == keys(row | {"seed": 3}, words=["-s", "4"])[0]
+    chosen = [{"prompt": prompt, "seed": 3} for prompt in ("red {cat|cat}", "red cat")]
+    assert keys(chosen[0]) == keys(chosen[1]), "by what was chosen, where that is known"
+    flags = ["--steps 3", "--cfg 2", "-s 4", "-m other", "--lora loras/red.safetensors", "--dtype bf16", "-o some/"]
+    flags += ["--prediction epsilon", "--tile x", "--num-images 2", "-n blue"]
+    found = [keys(row, words=flag.split())[0] for flag in flags]
+    found += [
+        keys(row | more)[0] for more in ({"prompt": "red cat"}, {"output": "x/"}, {"steps": 4}, {"sampler": "lcm"})
+    ]
+    found += [
+        picture("red"),
+        picture("blue"),
+        *keys(row, row),
+        *keys({"prompt": ""}, *[{"prompt": "a", "steps": 0}] * 2),
+    ]
+    led = ["--control", "net", "--control-image", "begin.png"], ["--control", "./net", "--control-image", "begin.png"]
+    found += [keys(row, words=words)[0] for words in led]
+    assert len({plain, seeded, *found}) == 2 + len(found) - 1, "one of two that are the same is plain"
+
+
 def _only_without_weights(self, *, weights):
     assert not weights
     return command.request.load_model(self.args, self.model, self.loras, weights=False)
@@ -438,6 +479,133 @@ def test_what_a_dead_process_had_claimed_falls_to_the_others(tmp_path):
     other.communicate()
 
 
+# --- the manifest by itself
+
+KEY, OTHER = "ab" * 32, "ac" * 32  # that begin alike
+
+
+def line(key, status="done", *paths):
+    return {"row": 1, "key": key, "status": status, "images": [{"path": str(path)} for path in paths]}
+
+
+def test_a_manifest_tells_what_has_come_of_a_row_and_to_whom_it_matters(tmp_path):
+    file = tmp_path / "x.png"
+    file.touch()
+    with manifest.Manifest(tmp_path, resume=False) as before:
+        for key, status in ((KEY, "failed"), (OTHER, "refused"), ("ad" * 32, "done")):
+            before.append(line(key, status, file))
+    with manifest.Manifest(tmp_path, resume=True) as book:
+        assert [book.is_settled(key) for key in (KEY, OTHER, "ad" * 32)] == [False, True, True]
+        book.append(line(KEY, "failed"))
+        assert book.is_settled(KEY), "it has failed in this call"
+        assert manifest.finished(tmp_path) == {"ad" * 32}
+        file.unlink()
+        assert not book.is_settled("ad" * 32), "its picture is gone"
+        assert manifest.finished(tmp_path) == set()
+    with manifest.Manifest(tmp_path, resume=False) as book:
+        assert book.line_of(KEY) is None, "what was before this call does not count"
+
+
+def test_what_is_not_whole_or_is_no_line_of_a_row_is_not_read_yet(tmp_path):
+    with manifest.Manifest(tmp_path, resume=True) as book:
+        whole = json.dumps(line(KEY, "failed")).encode()
+        with (tmp_path / "manifest.jsonl").open("ab", buffering=0) as stream:
+            stream.write(b'[1]\n{"key": 1}\n{torn\n' + whole[:20])
+            assert book.line_of(KEY) is None
+            stream.write(whole[20:] + b"\n")
+        assert book.line_of(KEY)["status"] == "failed", "its first half was left for later"
+
+
+def test_a_line_is_on_disk_before_the_next_row_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    settled, write = [], os.write
+    monkeypatch.setattr(os, "fsync", settled.append)
+    with manifest.Manifest(tmp_path, resume=False) as book:
+        book.append(line(KEY, "failed"))
+        assert settled == [book._file]
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:5]))
+        with pytest.raises(OSError, match="is the disk full"):
+            book.append(line(OTHER, "failed"))
+
+
+OTHERS = """
+import fcntl
+import sys
+from pathlib import Path
+from diffusion.manifest import APPENDING, Manifest
+book = Manifest(Path(sys.argv[1]), resume=False)
+for word in map(str.strip, sys.stdin):
+    if word == "claim":
+        claim = book.claim("ab" * 32)
+        said = claim.__enter__()
+    elif word == "free":
+        said = claim.__exit__(None, None, None) or None
+    elif word == "done":
+        said = book.append({"key": "ab" * 32, "status": "done", "images": []})
+    elif word == "hold":
+        said = book._lock(APPENDING)
+    elif word == "loose":
+        said = fcntl.lockf(book._locks, fcntl.LOCK_UN, 1, APPENDING)
+    elif word == "wait":
+        said = book.wait()
+    else:
+        said = book._read
+    print(said, flush=True)
+"""
+
+
+@pytest.fixture
+def another(tmp_path):
+    """Another process at work on the list, that does what it is told, and says what comes of it."""
+    words = [sys.executable, "-c", OTHERS, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+
+    def ask(word, answered=True):
+        process.stdin.write(f"{word}\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip() if answered else None
+
+    yield ask
+    process.kill()
+    process.communicate()
+
+
+def test_processes_at_work_share_a_beginning_and_rows_and_wait_for_each_other(another, tmp_path):
+    with manifest.Manifest(tmp_path, resume=False) as early:
+        early.append(line(OTHER, "failed"))
+    (tmp_path / ".manifest.lock").write_text("99999999")  # of a call that has ended
+    began = another("began")
+    assert another("claim") == "True"
+    with manifest.Manifest(tmp_path, resume=False) as book:
+        with book.claim(KEY) as ours, book.claim(OTHER) as free:
+            assert (ours, free) == (False, True)
+        assert another("done") == "None"
+        assert book._read == int(began) == (tmp_path / "manifest.jsonl").read_bytes().find(b"\n") + 1
+        assert another("free") == "None"
+        with book.claim(KEY) as ours:
+            assert not ours, "it is done"
+        with book.claim(OTHER) as ours:
+            assert ours
+        assert another("hold") == "True"
+        appending = started(lambda: book.append(line(OTHER, "refused")))
+        assert appending.is_alive(), "two lines at once could mix"
+        assert another("loose") == "None"
+        appending.join()
+        waiting = started(book.wait)
+        assert waiting.is_alive(), "somebody else is at work"
+        another("wait", answered=False)
+        waiting.join(60)
+        assert not waiting.is_alive(), "who waits is not at work"
+
+
+def started(work):
+    """A thread that has had the time to do what nobody hinders."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    return thread
+
+
 def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
@@ -446,6 +614,8 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert command.own_device() == "cuda:3"
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    assert command.own_device() == "cuda:3", "two share one where there are fewer GPUs than processes"
     assert command.share_of(list(range(20))) == [5, 13]
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 import diffusion
 from diffusion import names
-from diffusion.images import parse_parameters
 from diffusion.models.folder import load_model
+from diffusion.parameters import parse_parameters
 from diffusion.pipeline import TextToImage
 from diffusion.settings import Settings, Shot
 

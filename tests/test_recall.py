@@ -200,6 +200,91 @@ FORMATS["ComfyUI"] = (
 )
 
 
+GPU = "its noise was drawn on a GPU: drawn on the CPU, the same settings give another picture"
+TEXT = "AND and tags other than <lora:...> are text here"
+INVOKED = {"positive_prompt": PROMPT, "negative_prompt": "", "seed": 1, "steps": 5, "scheduler": "euler"}
+DREAMT = {"prompt": f"{PROMPT} [boat]", "steps": 5, "seed": 3, "strength": 0.6, "sampler": "k_lms", "hires_fix": False}
+
+
+def a1111(said, prompt=PROMPT):
+    """A picture of AUTOMATIC1111 of 20 steps of Euler, noise of the CPU, that says some more."""
+    return {"parameters": f"{prompt}\nSteps: 20, Sampler: Euler, Seed: 1, RNG: CPU, {said}"}
+
+
+def comfy(**nodes):
+    """ComfyUI's graph with other inputs of its nodes, or with more nodes."""
+    changed = {key[1:]: {**NODES.get(key[1:], {}), **node} for key, node in nodes.items()}
+    return {"prompt": "\n" + json.dumps(NODES | changed)}
+
+
+def inputs(number, **changes):
+    return {"inputs": NODES[number]["inputs"] | changes}
+
+
+DETAILS = [  # texts, what of the record is so, all notes
+    (a1111("Schedule type: Automatic"), {"schedule": "discrete", "program": "AUTOMATIC1111"}, []),
+    ({"parameters": "x\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Automatic, RNG: CPU"}, {"schedule": "karras"}, []),
+    ({"parameters": "x\nSteps: 2, Sampler: DPM++ 2M Karras, Seed: 1, RNG: CPU"}, {"schedule": None}, []),
+    (a1111("Schedule type: Simple"), {"schedule": "trailing"}, []),
+    (a1111("Schedule type: Normal"), {"schedule": "discrete"}, []),
+    (a1111("Version: diffusion 0.1.0"), {"program": "diffusion"}, []),
+    (a1111('CFG interval: "0.3,inf"'), {"guidance_interval": [0.3, float("inf")]}, []),
+    (a1111('Sigmas: "5,1.5"'), {"sigmas": [5, 1.5]}, []),
+    (a1111("Tiling: False"), {"tile": ""}, []),
+    (a1111("", "red AND apple"), {"prompt": "red AND apple"}, [TEXT]),
+    (a1111("", "<hypernet:x:1> apple"), {}, [TEXT]),
+    (a1111("", "RANDOM <lora:x:1> apple"), {}, []),
+    (a1111("Size: 64x64, Hires resize: 96x96, Hires steps: 20, Denoising strength: 0.4"),
+     {"hires": 1.5, "hires_strength": 0.4, "strength": None, "init_image": None}, []),
+    (a1111("Hires upscale: 2, Hires steps: 0, Denoising strength: 0.4"), {"hires": 2}, []),
+    (a1111("Hires upscale: 2, Hires steps: 9, Denoising strength: 0.4"), {"hires": 2},
+     ["recorded, and not done here: Hires steps 9"]),
+    (a1111("Hires upscale: 1, Denoising strength: 0.4"), {"hires": None, "strength": 0.4}, []),
+    (a1111("First pass size: 0x0, Denoising strength: 0.4"), {"strength": None, "init_image": None},
+     ["recorded, and not done here: First pass size 0x0"]),
+    (a1111('Lora hashes: "ink: 12, line: 34", Hashes: {"lora:other": "56"}'),
+     {"prompt_loras": [{"name": "ink", "hash": "12"}, {"name": "line", "hash": "34"}]}, []),
+    (a1111('Hashes: {"model": "ab", "lora:ink": "12"}, Civitai resources: [{"a": "b, c: d"}], Version: v1'),
+     {"prompt_loras": [{"name": "ink", "hash": "12"}]}, []),
+    (a1111(f"Wildcard: {'x' * 80}, Empty: "), {}, [f"recorded, and not done here: Wildcard {'x' * 57}..."]),
+    ({"parameters": "x\nSteps: 2, Sampler: Euler, Seed: 1"}, {"schedule": "discrete"}, [GPU]),
+    ({"invokeai_metadata": json.dumps(INVOKED | {"seamless_x": True, "seamless_y": True, "strength": 0.5}
+     | {"positive_style_prompt": PROMPT, "negative_style_prompt": "", "generation_mode": "txt2img", "vae": ""}
+     | {"loras": [{"lora": {"model_name": "ink"}, "weight": 0.5}], "rand_device": "cuda"})},
+     {"tile": "xy", "strength": None, "init_image": None, "loras": [{"name": "ink", "hash": "", "weight": 0.5}]},
+     ["recorded, and not done here: noise drawn on cuda"]),
+    ({"parameters": "x"}
+     | {"invokeai_metadata": json.dumps(INVOKED | {"strength": 0.5, "generation_mode": "sdxl_img2img"})},
+     {"strength": 0.5, "init_image": foreign.UNNAMED, "program": "InvokeAI", "clip_skip": 1}, []),
+    ({"sd-metadata": json.dumps({"image": DREAMT | {"type": "txt2img", "perlin": 0, "orig_hash": None}})},
+     {"strength": None, "init_image": None, "sampler": "lms"}, []),
+    ({"sd-metadata": json.dumps({"image": DREAMT | {"type": "img2img", "orig_hash": "ab", "mask_hash": "cd"}})},
+     {"strength": 0.6, "init_image": foreign.UNNAMED}, []),
+    ({"Dream": f'"{PROMPT}" -s 5 -I begin.png -f 0.6 -n 3 -b 1 -g -d 5 -U'},
+     {"strength": 0.6, "init_image": {"name": "begin.png", "sha256": ""}}, ["recorded, and not done here: -U set"]),
+    ({"Dream": f'"{PROMPT}" -s 5 -f 0.6'}, {"strength": None}, []),
+    ({"prompt": PROMPT, "scale": "7", "crop-left": "0", "original-width": "8", "raw-prompt": "x"},
+     {"guidance_scale": 7, "program": "kohya"}, []),
+    (comfy(_3=inputs("3", sampler_name="uni_pc_bh2", denoise=0.5), _5=inputs("5", batch_size=2)),
+     {"sampler": "uni_pc", "strength": None, "program": "ComfyUI"},
+     ["recorded, and not done here: batch_size 2, denoise 0.5"]),
+    (comfy(_5={"class_type": "VAEEncode", "inputs": {"pixels": ["12", 0]}}, _3=inputs("3", denoise=0.6),
+           _12={"class_type": "LoadImage", "inputs": {"image": "begin.png"}}),
+     {"strength": 0.6, "init_image": {"name": "begin.png", "sha256": ""}}, []),
+    (comfy(_10=inputs("10", model=["12", 0], strength_clip=0.1),
+           _12={"class_type": "LoraLoaderModelOnly"}
+           | {"inputs": {"lora_name": "a/line.safetensors", "strength_model": 0.3, "model": ["4", 0]}}),
+     {"loras": [{"name": "line", "weight": 0.3, "hash": ""}, {"name": "ink", "weight": 0.8, "hash": ""}]}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("texts", "expected", "notes"), DETAILS, ids=[str(number) for number in range(len(DETAILS))])
+def test_what_they_write_means_what_it_means_there(tmp_path, texts, expected, notes):
+    found = read_record(png(tmp_path / "x.png", **texts))
+    assert {key: {"program": found.program, **found.record}.get(key) for key in expected} == expected
+    assert list(found.notes) == notes
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_other_programs_are_read(tmp_path, name):
     texts, expected, notes = FORMATS[name]
@@ -232,8 +317,11 @@ def test_what_comfyui_puts_into_exif_and_others_behind_the_pixels_is_read(tmp_pa
 def test_info_shows_them(tmp_path, capsys):
     from diffusion.cli.info import run
 
-    assert run([str(png(tmp_path / "x.png", **FORMATS["InvokeAI"][0]))]) == 0
-    assert json.loads(capsys.readouterr().out)["invokeai_metadata"]["scheduler"] == "dpmpp_2m_k"
+    texts = FORMATS["InvokeAI"][0] | {"invokeai_graph": "{}", "invokeai_workflow": "{}", "workflow": "{}"}
+    assert run([str(png(tmp_path / "x.png", **texts))]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["invokeai_metadata"]["scheduler"] == "dpmpp_2m_k"
+    assert {"invokeai_graph", "invokeai_workflow", "workflow"} <= shown.keys()
 
 
 def without(**changes):
@@ -258,6 +346,10 @@ UNREADABLE = [
     ),
     ({"prompt": without(_10={"class_type": "LoraLoader", "inputs": {"model": ["10", 0]}})}, "circle"),
     ({"prompt": without(_3={"class_type": "KSampler", "inputs": {}})}, "nothing for positive"),
+    (
+        {"prompt": without(_6={"class_type": "Note", "inputs": {"text": "red", "clip": ["11", 0]}})},
+        "positive prompt is no plain",
+    ),
     ({"sd_metadata": '{"image": 5}'}, "not written as it should be"),
 ]
 
@@ -521,6 +613,37 @@ def test_a_record_that_cannot_be_met_is_one_line(apple, changes, message):
     with pytest.raises(ValueError, match=r"changed\.png cannot be drawn again: ") as caught:
         recall(record_of(apple, **changes))
     assert message in str(caught.value)
+
+
+def test_what_is_given_is_looked_for_where_it_is(apple, red, tmp_path):  # noqa: F811
+    """A model that is not here yet, LoRAs of any name, folders of another machine, a ControlNet beside the picture."""
+    assert recall(apple, model="owner/name").model == "owner/name", "what loads it finds it, or says what is wrong"
+    assert recall(record_of(apple, prediction="epsilon")).options["prediction"] == "epsilon"
+    assert recall(apple, loras={str(red): None}).loras == {str(red): 1.0}
+    assert recall(apple, loras={str(red): 0.5}).loras == {str(red): 0.5}
+    named = record_of(apple, loras=[{"name": "C:\\loras\\red", "weight": 0.25}])
+    assert recall(named).loras == {"loras/red.safetensors": 0.25}
+    changed = tmp_path / "other/red.safetensors"
+    changed.parent.mkdir()
+    changed.write_bytes(red.read_bytes()[:-4] + b"\0\0\0\1")
+    found = recall(
+        record_of(apple, loras=[{"name": "red", "weight": 0.25, "hash": "0123456789"}]), loras={str(changed): None}
+    )
+    assert found.loras == {str(changed): 0.25}, "the name is enough"
+    assert "the picture was drawn with 0123456789" in found.notes[0]
+    net = tmp_path / "other/canny"
+    net.mkdir()
+    (net / "diffusion_pytorch_model.safetensors").write_bytes(red.read_bytes())
+    led = record_of(apple, control={"name": "canny", "hash": "0123456789"})
+    led = led.rename(tmp_path / "other/led.png")
+    assert recall(led).options["control"] == net, "beside the picture"
+    assert "the ControlNet" in recall(led).notes[0]
+    long = recall(apple, negative_prompt="boat " * 30).changes
+    assert long == (f"negative_prompt {('boat ' * 30)[:77]}... in place of boat",)
+    assert recall(record_of(apple, guidance_rescale=0), guidance_scale=1).changes == (
+        "guidance_scale 1 in place of 3.0",
+        "without negative_prompt boat",
+    )
 
 
 # --- by the command line

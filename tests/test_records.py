@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from diffusion import TextToImage
-from diffusion.images import parse_parameters, read_metadata
+from diffusion.images import read_metadata
 from diffusion.models.folder import load_model
+from diffusion.parameters import parse_parameters
 from diffusion.places import title_of
 from diffusion.settings import PICTURES, Settings
 from families import save
@@ -107,6 +108,9 @@ def test_offline_asks_nobody(draw, monkeypatch):  # noqa: F811
     said = draw(PROMPT, "--offline", model="owner/name")
     assert (said.code, asked) == (2, [True])
     assert "the network is not to be asked" in said.err
+    with pytest.raises(ValueError, match="the network is not to be asked"):
+        TextToImage.load("owner/name", offline=True)
+    assert asked == [True, True]
 
 
 def test_other_programs_see_what_made_it(tiny, photo):  # noqa: F811

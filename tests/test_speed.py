@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measure import Contest, Timing, contest
+from benchmarks.scaling import feed
 from benchmarks.table import Row, render
+from benchmarks.training import clocked
 from diffusion.cli import main
 from diffusion.tuning import Trial, first_as_good
 from test_other_commands import labelled  # noqa: F401 - a fixture
@@ -117,6 +119,24 @@ def test_candidates_take_turns_and_the_first_one_shows_the_noise():
     assert not noisy.counts
     assert not Row.of("P0", "a figure", noisy, "peer", "ours", 2.5).met
     assert "too noisy" in render([Row.of("P0", "a figure", noisy, "peer", "ours", 2.5)])
+
+
+def test_a_set_of_many_pictures_costs_no_more_a_picture():
+    few, many = feed(1_000), feed(20_000)
+    assert all(many[name] < 1.5 * few[name] for name in few if name.startswith("bytes"))
+    assert many["bytes a picture of the order"] < 40
+
+
+def test_calls_of_a_method_are_timed_within_the_block_and_not_after_it():
+    class Thing:
+        def double(self, number):
+            return 2 * number
+
+    with clocked(Thing, "double") as spent:
+        assert Thing().double(4) == 8
+    Thing().double(4)
+    assert len(spent) == 1
+    assert spent[0] >= 0
 
 
 def test_a_command_is_not_held_up_by_looking_for_garbage():

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from diffusion import rng
 
 Visit = tuple[int, int]  # (index of the picture, number of this visit to it)
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,17 @@ class Order:
 
     def visits(self, start: int, stop: int) -> list[Visit]:
         """The visits at positions start .. stop-1 of the sequence."""
-        size = len(self.weights)
-        pairs = (divmod(position, size) for position in range(start, stop))
-        return [self._epoch(epoch)[offset] for epoch, offset in pairs]
+        found: list[Visit] = []
+        while start < stop:
+            epoch, first = divmod(start, len(self.weights))
+            pictures, numbers = (side[first : first + stop - start].tolist() for side in self._epoch(epoch))
+            found += zip(pictures, numbers, strict=True)
+            start += len(pictures)
+        return found
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
-    def _epoch(self, epoch: int) -> list[Visit]:
+    def _epoch(self, epoch: int) -> tuple[Numbers, Numbers]:
+        """Pictures and numbers of the visits, as arrays: a million pictures are sixteen megabytes and no objects."""
         size = len(self.weights)
         shift = rng.uniform(self.seed, "order.shift", epoch, size=1)[0]
         edges = np.floor(np.cumsum(self.weights) * size + shift + 1e-9).astype(np.int64)
@@ -40,7 +46,7 @@ class Order:
         repeat = np.arange(size) - np.repeat(np.cumsum(counts) - counts, counts)
         most = int(np.ceil(size * self.weights.max())) + 1
         shuffle = rng.permutation(self.seed, "order", epoch, size)
-        return list(zip(index[shuffle].tolist(), (epoch * most + repeat[shuffle]).tolist(), strict=True))
+        return index[shuffle], epoch * most + repeat[shuffle]
 
 
 class Visits(Protocol):

@@ -144,10 +144,12 @@ def too_small(
 
 def hold_out(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
     """(to train on, held out): by name, so that a picture stays on its side when others come and go."""
-    sides = [[p for p in pictures if is_held_out(p, share) == held] for held in (False, True)]
+    sides: tuple[list[Picture], list[Picture]] = ([], [])
+    for picture in pictures:
+        sides[is_held_out(picture, share)].append(picture)
     if not sides[0]:
         raise ValueError(f"data.hold_out {share} holds out all {len(pictures)} pictures")
-    return sides[0], sides[1]
+    return sides
 
 
 def is_held_out(picture: Picture, share: float) -> bool:
