@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def served(model: Path | str, output: Path) -> Iterator[tuple[str, subprocess.Po
             "WATCHED": f"{output}.network",
         }
         command = [sys.executable, "-m", "diffusion", "ui", "--port", "0", "--model", str(model), "-o", str(output)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which who runs us behind a shell may not have
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
         try:
             assert process.stdout is not None
             yield process.stdout.readline().strip(), process
@@ -68,7 +70,7 @@ def browsed() -> Iterator[Any]:
 def opened(browser: Any, url: str, **context: Any) -> Any:
     """The page, once it can be typed into; ``requests`` of it are kept."""
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | context).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)  # a machine that is busy otherwise
     page.requests = []
     page.on("request", lambda request: page.requests.append(request.url))
     page.goto(url)

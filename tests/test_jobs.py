@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffusion import TextToImage, manifest
 from diffusion.cli import jobs as command
+from diffusion.cli import listed
 from diffusion.jobs import choose, read_jobs, run_jobs
 from diffusion.options import read_line
 from diffusion.settings import Settings
@@ -609,14 +610,14 @@ def started(work):
 def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert command.own_device() is None
+    assert listed.own_device() is None
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert command.own_device() == "cuda:3"
+    assert listed.own_device() == "cuda:3"
     monkeypatch.setenv("LOCAL_RANK", "7")
-    assert command.own_device() == "cuda:3", "two share one where there are fewer GPUs than processes"
-    assert command.share_of(list(range(20))) == [5, 13]
+    assert listed.own_device() == "cuda:3", "two share one where there are fewer GPUs than processes"
+    assert listed.share_of(list(range(20))) == [5, 13]
 
 
 def test_every_event_is_documented():
