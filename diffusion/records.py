@@ -76,6 +76,7 @@ class Recalled:
             differs: dict[str, tuple[Any, Any]] = {"program": (self.program, f"diffusion {made.get('version', '')}")}
         else:
             names = [name for name in {**self.record, **made} if self.record.get(name) != made.get(name)]
+            names = [name for name in names if name != "flagged"]  # says what a checker found, and not how it was drawn
             differs = {name: (self.record.get(name), made.get(name)) for name in names}
         return Verdict(path=self.path, levels=levels, decibels=decibels, differs=differs)
 
