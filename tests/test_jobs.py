@@ -547,7 +547,7 @@ for word in map(str.strip, sys.stdin):
     elif word == "loose":
         said = fcntl.lockf(book._locks, fcntl.LOCK_UN, 1, APPENDING)
     elif word == "wait":
-        said = book.wait()
+        said = book.wait() or book.close()  # either of two that wait may be the first
     else:
         said = book._read
     print(said, flush=True)
@@ -561,10 +561,10 @@ def another(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
 
-    def ask(word, answered=True):
+    def ask(word):
         process.stdin.write(f"{word}\n")
         process.stdin.flush()
-        return process.stdout.readline().strip() if answered else None
+        return process.stdout.readline().strip()
 
     yield ask
     process.kill()
@@ -594,9 +594,12 @@ def test_processes_at_work_share_a_beginning_and_rows_and_wait_for_each_other(an
         appending.join()
         waiting = started(book.wait)
         assert waiting.is_alive(), "somebody else is at work"
-        another("wait", answered=False)
+        answers = []
+        other = started(lambda: answers.append(another("wait")))
         waiting.join(60)
         assert not waiting.is_alive(), "who waits is not at work"
+    other.join(60)
+    assert answers == ["None"]
 
 
 def started(work):
