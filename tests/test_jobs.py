@@ -542,6 +542,11 @@ for word in map(str.strip, sys.stdin):
         said = claim.__exit__(None, None, None) or None
     elif word == "done":
         said = book.append({"key": "ab" * 32, "status": "done", "images": []})
+    elif word == "fail":
+        said = book.append({"key": "ac" * 32, "status": "failed"})
+    elif word == "try":
+        with book.claim("ac" * 32) as said:
+            pass
     elif word == "hold":
         said = book._lock(APPENDING)
     elif word == "loose":
@@ -577,11 +582,14 @@ def test_processes_at_work_share_a_beginning_and_rows_and_wait_for_each_other(an
     (tmp_path / ".manifest.lock").write_text("99999999")  # of a call that has ended
     began = another("began")
     assert another("claim") == "True"
+    assert another("fail") == "None"
     with manifest.Manifest(tmp_path, resume=False) as book:
+        assert book._read == int(began) == (tmp_path / "manifest.jsonl").read_bytes().find(b"\n") + 1
         with book.claim(KEY) as ours, book.claim(OTHER) as free:
             assert (ours, free) == (False, True)
+            assert another("try") == "False"
+        assert another("try") == "True"
         assert another("done") == "None"
-        assert book._read == int(began) == (tmp_path / "manifest.jsonl").read_bytes().find(b"\n") + 1
         assert another("free") == "None"
         with book.claim(KEY) as ours:
             assert not ours, "it is done"
