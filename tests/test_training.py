@@ -488,7 +488,7 @@ def test_trap_13_sharded_weights_are_saved_and_read_by_any_number_of_processes(h
         for mine, theirs in zip(*rows, strict=True):
             assert mine["train"]["shipped"] == pytest.approx(theirs["train"]["shipped"], rel=1e-4)
         pictures = [TextToImage.load(r.folder / "model")("red square", seed=1)[0] for r in (run, whole)]
-        assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in pictures), strict=True)) <= 12
+        assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in pictures), strict=True)) <= 8
     back = denoiser(home, "whole-then-sharded", steps=6, lr_schedule="constant")
     shutil.copytree(whole.folder, back.folder)
     for step in ("step-00000006",):
