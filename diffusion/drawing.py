@@ -138,7 +138,7 @@ class Drawing:
     def batches(self) -> Iterator[list[Shot]]:
         """Shots that go through the network together: their prompts are as long, and ask for the same LoRAs."""
         size = self.full.batch_size
-        assert isinstance(size, int), "resolved() gives the batch size"
+        assert isinstance(size, int), "plan() gives the batch size"
         for _, group in groupby(self.full.shots(), lambda shot: (self.loras(shot), self.words.chunks(shot))):
             alike = list(group)
             yield from (alike[start : start + size] for start in range(0, len(alike), size))

@@ -138,6 +138,12 @@ def save_image(
         return _place(staged, output, seed, slug)
 
 
+def refuse_black(image: Image.Image, seed: int) -> None:
+    """FloatingPointError for a picture in which nothing is."""
+    if image.getbbox() is None:
+        raise FloatingPointError(f"the picture of seed {seed} came out black and was not saved")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A stream whose bytes become the file when the block ends well; a file that was there is replaced."""

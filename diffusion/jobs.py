@@ -131,7 +131,7 @@ def together(model: Drawer, jobs: Iterable[Job]) -> Iterator[list[Job]]:
     for _, some in groupby(jobs, lambda job: (_alike(job), job.row.output)):
         alike = list(some)
         full = model.plan(joined(alike)).full
-        assert isinstance(full.batch_size, int), "resolved() gives the batch size"
+        assert isinstance(full.batch_size, int), "plan() gives the batch size"
         size = max(1, full.batch_size // (full.count // len(alike)))
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -69,22 +68,15 @@ def compile_network(model: Model) -> None:
     model.compiled = Compiled(model.unet)
 
 
-def offload(model: Model, control: Any, device: torch.device) -> None:
-    """Keep on the device only the network that is at work. ValueError where there is nothing to be gained."""
+def offload(model: Model, control: torch.nn.Module | None, device: torch.device) -> None:
+    """Keep on the device only the network that is at work, a ControlNet's too. ValueError where that gains nothing."""
     if device.type == "cpu":
         raise ValueError("offload leaves networks in the machine's memory, where on the CPU they are: leave it out")
     from diffusion.models.offload import Offload
 
-    networks = [*model.networks.values(), *([] if control is None else [control.net])]
+    networks = [*model.networks.values(), *([] if control is None else [control])]
     if model.device.type != "meta":
         model.offload = Offload(networks, device)
-
-
-def read_control(path: str | Path, model: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    """A ControlNet that belongs to the model. ValueError if it does not."""
-    from diffusion.models.control import load_control  # slow to import
-
-    return load_control(path, model, device, dtype)
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -58,12 +58,6 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def is_short(error: BaseException) -> bool:
-    """Whether an error says that memory was short: PyTorch has several."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
 def largest_micro_batch(
     share: int, loss: Callable[[int], Tensor], device: torch.device, reserve: int, free: int | None = None
 ) -> int:
@@ -111,7 +105,7 @@ class Drawn(NamedTuple):
 
 def drawing_bytes(model: Model, full: Settings, chunks: int = 1) -> Drawn:
     """What the tensors of a filled request take, counted on a model without weights: nothing is computed."""
-    assert isinstance(full.batch_size, int), "resolved() gives the batch size"
+    assert isinstance(full.batch_size, int), "plan() gives the batch size"
     evaluation = _evaluation(model, full, min(full.batch_size, full.count), chunks)
     tile = max(full.finished) if full.vae_tiling is None else full.vae_tiling
     decoding = _decoding(model.vae, [min(side, tile) for side in full.finished])

@@ -120,7 +120,7 @@ class TextToImage:
             model.compiled = model.unet
         led = _read_control(control, model, where, kind, weights)
         if offload:
-            loading.offload(model, led, where)
+            loading.offload(model, None if led is None else led.net, where)
         return cls(model, led, folder, prediction, where, checker)
 
     def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
@@ -149,7 +149,13 @@ class TextToImage:
         """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
         from diffusion.drawing import Drawing
 
-        return Drawing.plan(self.model, self.resolved(wanted), self.control, self.lora_folder)
+        full = self.resolved(wanted)
+        if full.batch_size == "auto":
+            from diffusion.memory import largest_batch
+
+            device = self.model.device if self.device is None else self.device
+            full = replace(full, batch_size=largest_batch(self.model, full, device))
+        return Drawing.plan(self.model, full, self.control, self.lora_folder)
 
     def compare(self, prompt: str, axes: Mapping[str, Iterable[Any]], **settings: Any) -> Image.Image:
         """One labelled sheet of the same picture under each combination of the values of one or two fields.
@@ -168,11 +174,6 @@ class TextToImage:
         """The request with every default answered by this model, and checked against it."""
         full = wanted.filled(self.model.recipe)
         full.check(Limits(self.model.factor, self.model.schedule.num_timesteps))
-        if full.batch_size == "auto":
-            from diffusion.memory import largest_batch
-
-            device = self.model.device if self.device is None else self.device
-            full = replace(full, batch_size=largest_batch(self.model, full, device))
         if self.control is None and full.control_image is not None:
             raise ValueError("control_image needs a ControlNet: give control, its folder")
         if self.control is not None and full.control_image is None:

@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import memory
+from diffusion import loading, memory
 from diffusion.models.folder import Model
 from diffusion.models.networks import AutoencoderNotFinite, UNetNotFinite, decode, encode, first_weight, tiled
-from diffusion.models.offload import Offload
-from diffusion.notices import Repaired
+from diffusion.notices import Repaired, is_short
 from diffusion.settings import Shot
 
 TILES = (512, 256)  # pixels; the smaller they are, the more a tile's colours depend on what it shows
@@ -97,7 +96,7 @@ class Repairs:
         }
         if self._climb(fault, rungs):
             return self.cut(shots)
-        if not memory.is_short(fault):
+        if not is_short(fault):
             raise fault
         raise MemoryError("; ".join(["out of memory: ask for a smaller picture", *self.said])) from fault
 
@@ -110,7 +109,7 @@ class Repairs:
 
     def _climb(self, fault: Exception, rungs: Rungs) -> bool:
         """Take the first rung that there is for a fault."""
-        kind = MemoryError if memory.is_short(fault) else type(fault)
+        kind = MemoryError if is_short(fault) else type(fault)
         for rung in rungs.get(kind, ()):
             if self._say("out of memory" if kind is MemoryError else str(fault), rung()):
                 memory.give_back(self.model.device)
@@ -155,11 +154,14 @@ class Repairs:
     def _offload(self) -> str | None:
         if self.model.device.type == "cpu" or self.model.offload is not None:
             return None
-        networks = [*self.model.networks.values(), *([] if self.control is None else [self.control])]
-        self.model.offload = Offload(networks, self.model.device)
-        self._undo.callback(setattr, self.model, "offload", None)
-        self._undo.callback(self.model.offload.end)
+        loading.offload(self.model, self.control, self.model.device)
+        self._undo.callback(self._bring_home)
         return "only the network that is at work is on the device"
+
+    def _bring_home(self) -> None:
+        offload, self.model.offload = self.model.offload, None
+        if offload is not None:
+            offload.end()
 
     def _cast(self, networks: Iterable[nn.Module], dtype: torch.dtype) -> str:
         """Weights in another precision until the end of the call; they are kept, for a cast back would lose bits."""

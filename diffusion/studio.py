@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.images import DEFAULT_FOLDER, FORMATS, atomic, encode, parse_output, save_image, slugify
+from diffusion.images import DEFAULT_FOLDER, FORMATS, atomic, encode, parse_output, refuse_black, save_image, slugify
 from diffusion.names import DTYPES
 from diffusion.pipeline import Progress, TextToImage
 from diffusion.places import title_of
@@ -137,8 +137,7 @@ class Studio:
     def _saved(self, step: Progress) -> Iterator[Path]:
         """The files of a batch, once it is done."""
         for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
-            if image.getbbox() is None:
-                raise FloatingPointError(f"the picture of seed {shot.seed} came out black and was not saved")
+            refuse_black(image, shot.seed)
             yield save_image(image, parse_output(f"{self.output}/"), seed=shot.seed, slug=slugify(shot.prompt))
 
     def _kept(self, wanted: Settings) -> Settings:

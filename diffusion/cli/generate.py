@@ -21,7 +21,7 @@ from diffusion.cli import again
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
-from diffusion.notices import Flagged, Repaired
+from diffusion.notices import Flagged, Repaired, is_short
 from diffusion.safety import CheckerError
 from diffusion.settings import PICTURES, Settings, Shot, variants
 
@@ -231,6 +231,8 @@ def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int, ar
     """Follow the steps, and give the pictures of each batch away as soon as it is done. How many are withheld."""
     from tqdm import tqdm
 
+    from diffusion.images import refuse_black
+
     held = 0
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
         before = 0
@@ -253,12 +255,6 @@ def follow(bar: Any, step: "Progress", before: int) -> int:
     done = before + step.index * len(step.pictures)
     bar.update(done - bar.n)
     return before if step.images is None else done
-
-
-def refuse_black(image: "Image.Image", seed: int) -> None:
-    """FloatingPointError for a picture in which nothing is."""
-    if image.getbbox() is None:
-        raise FloatingPointError(f"the picture of seed {seed} came out black and was not saved")
 
 
 @dataclass(frozen=True)
@@ -322,7 +318,7 @@ def reason(error: Exception) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, CheckerError):
         return text
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "allocate memory" in text:
+    if is_short(error):
         return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import jobs
 from diffusion.cli import request
-from diffusion.cli.generate import Voice, follow, reason, refuse_black, sheet_of, tell, watched
+from diffusion.cli.generate import Voice, follow, reason, sheet_of, tell, watched
 from diffusion.cli.listed import Listed, Task, planned, processes, share_of, told_of
 from diffusion.jobs import Job, Result
 from diffusion.settings import PICTURES, Settings, Shot
@@ -197,7 +197,7 @@ class Hand:
 
     def _save(self, task: Task, result: Result) -> "list[Path | None]":
         """Where each picture went; None where it is withheld."""
-        from diffusion.images import save_image, slugify
+        from diffusion.images import refuse_black, save_image, slugify
 
         assert task.outputs is not None, "it was checked"
         for image, shot in zip(result.images, result.shots, strict=True):

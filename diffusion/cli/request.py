@@ -128,7 +128,7 @@ def counted(plans: "Sequence[Drawing]") -> dict[str, str]:
 
 def pixels_at_once(plan: "Drawing") -> int:
     """Of a batch."""
-    assert isinstance(plan.full.batch_size, int), "resolved() gives the batch size"
+    assert isinstance(plan.full.batch_size, int), "plan() gives the batch size"
     width, height = plan.full.finished
     return width * height * min(plan.full.batch_size, plan.full.count)
 
