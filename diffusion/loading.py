@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffusion.models.folder import Model, check_channels, load_model
+from diffusion.models.networks import first_weight
 from diffusion.models.packing import pack
 from diffusion.names import check_device, resolve_dtype
 from diffusion.places import base_of, find_model, hash_files, is_hub_id, weight_files
@@ -53,12 +54,17 @@ def read_model(
 def hasten(model: Model) -> None:
     """Memory layouts that kernels are fast at; pixels stay what they were, but for rounding in float32."""
     for network in (model.unet, model.vae):
-        network.to(memory_format=torch.channels_last)
-        if network.device.type == "cpu":
-            pack(network)
+        lay_out(network)
     for layer in model.vae.modules():  # in place, on what a norm has just made; a U-Net's would change its shared times
         if isinstance(layer, torch.nn.SiLU):
             layer.inplace = True
+
+
+def lay_out(network: torch.nn.Module) -> None:
+    """The layout of memory that its convolutions are fast in, and on the CPU its weights as the kernels read them."""
+    network.to(memory_format=torch.channels_last)
+    if first_weight(network).device.type == "cpu":
+        pack(network)
 
 
 def compile_network(model: Model) -> None:

@@ -276,6 +276,11 @@ def _read_control(
     """A ControlNet that belongs to the model. ValueError if it does not."""
     if path is None:
         return None
+    from diffusion.loading import lay_out
     from diffusion.models.control import load_control, outline_control  # slow to import
 
-    return load_control(path, model, device, dtype) if weights else outline_control(path, model)
+    if not weights:
+        return outline_control(path, model)
+    control = load_control(path, model, device, dtype)
+    lay_out(control.net)
+    return control

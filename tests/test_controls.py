@@ -472,6 +472,8 @@ def test_a_controlnet_leads_as_in_the_stock_library(net):
     assert psnr(TextToImage.load(sd1, "cpu")(PROMPT, **given)[0], ours) < 40, "it does lead"
     (other,) = led(PROMPT, control_image=Image.new("RGB", edges.size), control_scale=0.8, **given)
     assert psnr(ours, other) < 40, "and by this picture"
+    batch = led(["blue boat", PROMPT], control_image=edges, control_scale=0.8, **given)
+    assert batch[1].tobytes() == ours.tobytes(), "whoever else is in its batch"
     (weaker,) = led(PROMPT, control_image=edges, control_scale=0.2, **given)
     assert psnr(ours, weaker) < 40, "as strongly as it was told to"
     record = json.loads(ours.info["diffusion"])

@@ -1,5 +1,7 @@
 """Networks, tokenizer and the model folder."""
 
+import copy
+
 import pytest
 import torch
 
@@ -144,6 +146,42 @@ def test_packed_weights_put_out_what_the_others_do(tiny_model, dtype):
     assert all(weight is not None for weight in used), "and each was packed"
     unpack(unet)
     assert not any("forward" in layer.__dict__ for layer in unet.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Linear(256, 64), (1, 256)),
+        (torch.nn.Linear(768, 320), (1, 1, 768)),
+        (torch.nn.Linear(320, 640), (1, 77, 320)),
+        (torch.nn.Conv2d(64, 96, 3, padding=1), (1, 64, 16, 16)),
+        (torch.nn.Conv2d(320, 64, 1), (1, 320, 8, 8)),
+    ],
+)
+def test_a_packed_layer_sums_the_same_way_whoever_is_in_the_batch_or_came_before(layer, shape, dtype):
+    """A matrix and a single vector go to another kernel, which rounds otherwise than that of many rows."""
+    torch.manual_seed(0)
+    found = dict[int, list[torch.Tensor]]()
+    x = torch.randn(5, *shape[1:]).to(dtype)
+    for first in (1, 2, 5):  # the size of the batch that the weights are packed at
+        network = torch.nn.Sequential(copy.deepcopy(layer)).to(dtype, memory_format=torch.channels_last)
+        assert pack(network)
+        with torch.inference_mode():
+            network(x[:first])
+            found[first] = [network(x[:1]), network(x[:2])[:1], network(x)[:1], network(x[:1])]
+    one, *others = [value for values in found.values() for value in values]
+    assert one.shape == (1, *layer(torch.zeros(shape)).shape[1:])
+    assert all(torch.equal(one, other) for other in others)
+    assert torch.allclose(one.float(), layer(x[:1].float()), atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_a_packed_layer_takes_one_vector():
+    layer, x = torch.nn.Linear(8, 4), torch.ones(8)
+    with torch.inference_mode():
+        plain = layer(x)
+        assert pack(torch.nn.Sequential(layer))
+        assert torch.equal(layer(x), plain)
 
 
 def test_packed_weights_follow_their_own_and_leave_gradients_alone():

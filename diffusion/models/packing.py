@@ -61,18 +61,27 @@ class _Packed:
         if self.made_of != made_of:
             self.weight, self.made_of = self._pack(weight.detach(), x), made_of
         if not self.convolves:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, layer.bias, "none", [], "")
+            return self._multiply(x)
         shape = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, layer.bias, *shape, "none", [], "")
 
+    def _multiply(self, x: Tensor) -> Tensor:
+        """A matrix and a vector have a kernel of their own, which rounds otherwise than that of many rows: so give two.
+
+        Without that a picture would know whether it is drawn alone.
+        """
+        rows = x if x.numel() > x.shape[-1] else torch.cat([x, x])
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.layer.bias, "none", [], "")[: len(x)]
+
     def _is_special(self, x: Tensor) -> bool:
-        """Whether there is no kernel: not for float16, nor where someone has changed how this layer convolves."""
-        if x.dtype == torch.float16:
+        """Whether there is no kernel: not for float16 or one vector, nor where someone has changed how it convolves."""
+        if x.dtype == torch.float16 or x.dim() == 1:
             return True
         return self.convolves and ("_conv_forward" in self.layer.__dict__ or isinstance(self.layer.padding, str))
 
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
+        """For a batch of one, whatever comes first: sums must not depend on what was drawn before."""
         if not self.convolves:
-            return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
+            return torch.ops.mkldnn._reorder_linear_weight(weight, x[0].numel() // x.shape[-1])
         shape = (self.layer.padding, self.layer.stride, self.layer.dilation, self.layer.groups)
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, list(x.shape))
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, [1, *x.shape[1:]])
