@@ -15,12 +15,12 @@ from torch import Tensor
 from diffusion import canvas, prompts, rng
 from diffusion.canvas import Canvas
 from diffusion.guidance import classifier_free_guidance, keep_known
-from diffusion.models import adapters, previews, text
+from diffusion.models import adapters, text
 from diffusion.models.denoiser import network_denoiser
 from diffusion.models.folder import Model
-from diffusion.models.networks import UNetNotFinite, decode, to_pixels, wrapped_edges
+from diffusion.models.networks import UNetNotFinite, to_pixels, wrapped_edges
 from diffusion.places import find_lora, hash_files, weight_files
-from diffusion.repair import Repairs
+from diffusion.repair import Batch, Repairs
 from diffusion.samplers import SAMPLERS, Denoise, initial_scale, rotate, seed_noise
 from diffusion.schedules import Level, levels, levels_of
 from diffusion.settings import Settings, Shot
@@ -117,6 +117,11 @@ class Drawing:
             raise ValueError("a compiled U-Net is what it is: leave out compile, or tile, control and <lora:...>")
         return found
 
+    @property
+    def chunks(self) -> int:
+        """How many times the text encoder is asked for the longest prompt."""
+        return max(map(self.words.chunks, self.full.shots()))
+
     def loras(self, shot: Shot) -> tuple[tuple[Path, float], ...]:
         """What a picture's prompt asks to be put on the model for it."""
         tags = self.words.prompts[shot.prompt].loras
@@ -144,23 +149,25 @@ class Drawing:
             yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
     @torch.inference_mode()
-    def steps(self, shots: Sequence[Shot], repairs: Repairs) -> Generator[Reached]:
+    def steps(self, batch: Batch, repairs: Repairs) -> Generator[Reached]:
         """Draw a batch. UNetNotFinite when the network puts out numbers that are not finite."""
-        networks, done = (self.model.unet, self.model.vae), 0
+        shots, networks, done = batch.shots, (self.model.unet, self.model.vae), 0
         latents: Tensor | None = None
         with adapters.lent(self.model, self.loras(shots[0])), wrapped_edges(networks, self.full.tile):
             for descent in self.descents:
-                x, denoise = self._begin(shots, descent, self._boards(descent, latents, repairs), repairs)
+                x, denoise = self._begin(batch, descent, self._boards(batch, descent, latents, repairs), repairs)
                 noise = partial(_fresh_noise, shots, descent.purpose, x)
                 for step in SAMPLERS[str(self.full.sampler)](denoise, x, descent.grid, noise):
                     done, latents = done + 1, step.x
-                    if not torch.isfinite(step.x).all():
-                        raise UNetNotFinite(f"the U-Net put out numbers that are not finite at step {done}")
+                    sound = torch.isfinite(step.x).flatten(1).all(dim=1)
+                    if not sound.all():
+                        text = f"the U-Net put out numbers that are not finite at step {done}"
+                        raise UNetNotFinite(text, (~sound).tolist())
                     yield Reached(done, step.x, step.denoised, descent.size)
 
-    def pictures(self, latents: Tensor, repairs: Repairs) -> list[Image.Image]:
+    def pictures(self, batch: Batch, latents: Tensor, repairs: Repairs) -> list[Image.Image]:
         """The finished pictures of a batch; only while its last step is held."""
-        images = repairs.decode(latents)
+        images = repairs.decode(latents, batch)
         if self.board is not None and len(self.descents) == 1:
             return [self.board.finish(image) for image in images]
         return [canvas.cut(image, self.descents[-1].size) for image in images]
@@ -168,24 +175,24 @@ class Drawing:
     # --- where a descent begins
 
     def _begin(
-        self, shots: Sequence[Shot], descent: Descent, boards: Sequence[Canvas], repairs: Repairs
+        self, batch: Batch, descent: Descent, boards: Sequence[Canvas], repairs: Repairs
     ) -> tuple[Tensor, Denoise]:
         """x at the first level, and the denoiser that goes down from there; of no boards from noise alone."""
-        start = descent.grid[0]
+        shots, start = batch.shots, descent.grid[0]
         noise, denoise = self._first_noise(shots, descent), self._denoiser(shots, descent)
         if not boards:
             return noise * initial_scale(start), denoise
-        known = repairs.encode([Image.fromarray(board.pixels) for board in boards])
+        known = repairs.encode([Image.fromarray(board.pixels) for board in boards], batch)
         x, cells = start.alpha * known + start.sigma * noise, boards[0].cells(self.model.factor)
         if cells is None:
             return x, denoise
         return x, keep_known(denoise, known, torch.from_numpy(cells).to(known)[None, None])
 
-    def _boards(self, descent: Descent, before: Tensor | None, repairs: Repairs) -> list[Canvas]:
+    def _boards(self, batch: Batch, descent: Descent, before: Tensor | None, repairs: Repairs) -> list[Canvas]:
         """The picture to begin from, or what was drawn before, each picture as large as this descent has it."""
         if before is None:
             return [] if self.board is None else [self.board]
-        small = [canvas.cut(image, self.descents[0].size) for image in repairs.decode(before)]
+        small = [canvas.cut(image, self.descents[0].size) for image in repairs.decode(before, batch)]
         large = [image.resize(descent.size, Image.Resampling.LANCZOS) for image in small]
         return [canvas.pad_to(image, self.model.factor) for image in large]
 
@@ -237,15 +244,6 @@ class Drawing:
         image, scale = (to_pixels([Image.fromarray(board.pixels)]) + 1) / 2, self.full.control_scale
         assert scale is not None, "filled() gave it"
         return Controlled(self.model.unet, self.control.net, image, scale)
-
-
-def preview(model: Model, latents: Tensor, *, exact: bool = False) -> list[Image.Image]:
-    """What latents ``(B, C, h, w)`` look like: by the linear map of the recipe, by one that is fitted, or decoded."""
-    if exact:
-        return decode(model.vae, latents)
-    if model.recipe.latent_rgb is None:
-        model.recipe.latent_rgb = previews.fit(model.vae)
-    return previews.draw(latents, model.recipe.latent_rgb, model.factor)
 
 
 def _descents(model: Model, full: Settings) -> list[Descent]:

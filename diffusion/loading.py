@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def hasten(model: Model) -> None:
             layer.inplace = True
 
 
-def lay_out(network: torch.nn.Module) -> None:
+def lay_out(network: Any) -> None:
     """The layout of memory that its convolutions are fast in, and on the CPU its weights as the kernels read them."""
     network.to(memory_format=torch.channels_last)
     if first_weight(network).device.type == "cpu":
@@ -77,7 +78,9 @@ def compile_network(model: Model) -> None:
 def offload(model: Model, control: torch.nn.Module | None, device: torch.device) -> None:
     """Keep on the device only the network that is at work, a ControlNet's too. ValueError where that gains nothing."""
     if device.type == "cpu":
-        raise ValueError("offload leaves networks in the machine's memory, where on the CPU they are: leave it out")
+        raise ValueError("offload keeps networks out of a GPU's memory, and this is the CPU: leave it out")
+    if model.compiled is not None:
+        raise ValueError("offload moves networks, and a compiled one stays where it is: leave out offload or compile")
     from diffusion.models.offload import Offload
 
     networks = [*model.networks.values(), *([] if control is None else [control])]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -17,6 +17,9 @@ from diffusion.models.denoiser import predict
 from diffusion.models.folder import Model
 from diffusion.models.networks import first_weight, spatial_factor
 from diffusion.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusion.models.control import Control
 
 KEPT = 107 * 2**20  # by kernels and their libraries once they have run; this and COPIES were measured on a CPU
 COPIES = 3  # of what is alive: kernels read and write layouts of their own
@@ -103,13 +106,17 @@ class Drawn(NamedTuple):
         return f"about {sizes[0]} beside the libraries, {sizes[1]} of it weights, and most in {most} (as on a CPU)"
 
 
-def drawing_bytes(model: Model, full: Settings, chunks: int = 1) -> Drawn:
-    """What the tensors of a filled request take, counted on a model without weights: nothing is computed."""
+def drawing_bytes(model: Model, full: Settings, chunks: int = 1, control: "Control | None" = None) -> Drawn:
+    """What the tensors of a filled request take, counted on a model without weights: nothing is computed.
+
+    ``chunks`` is how many times the text encoder is asked for a prompt.
+    """
     assert isinstance(full.batch_size, int), "plan() gives the batch size"
-    evaluation = _evaluation(model, full, min(full.batch_size, full.count), chunks)
+    net = None if control is None else control.net
+    evaluation = _evaluation(model, full, min(full.batch_size, full.count), chunks, net)
     tile = max(full.finished) if full.vae_tiling is None else full.vae_tiling
     decoding = _decoding(model.vae, [min(side, tile) for side in full.finished])
-    return Drawn(_weights(model), evaluation, decoding)
+    return Drawn(_weights(model, net), evaluation, decoding)
 
 
 def decoding_bytes(model: Model, size: Sequence[int]) -> int:
@@ -117,12 +124,14 @@ def decoding_bytes(model: Model, size: Sequence[int]) -> int:
     return COPIES * _decoding(_outline(model.vae), size)
 
 
-def largest_batch(model: Model, full: Settings, device: torch.device) -> int:
+def largest_batch(
+    model: Model, full: Settings, device: torch.device, chunks: int = 1, control: "Control | None" = None
+) -> int:
     """How many pictures of a filled request may be drawn at once beside what is in memory already; at least 1."""
-    outline = replace(model, unet=_outline(model.unet))
-    to_come = _weights(model) if model.device.type == "meta" else 0
+    outline, net = replace(model, unet=_outline(model.unet)), None if control is None else _outline(control.net)
+    to_come = _weights(model, net) if model.device.type == "meta" else 0
     budget = free_bytes(device) - KEPT - to_come
-    first, second = (COPIES * _evaluation(outline, full, count, 1) for count in (1, 2))
+    first, second = (COPIES * _evaluation(outline, full, count, chunks, net) for count in (1, 2))
     return max(1, min(full.count, 1 + int((budget - first) // (second - first))))
 
 
@@ -133,17 +142,27 @@ def _outline(network: Any) -> Any:
         return torch.nn.Module.to(outline, first_weight(network).dtype)  # the stock classes' own complains
 
 
-def _weights(model: Model) -> int:
-    return sum(t.nbytes for network in model.networks.values() for t in (*network.parameters(), *network.buffers()))
+def _weights(model: Model, net: Any) -> int:
+    networks = [*model.networks.values(), *([] if net is None else [net])]
+    return sum(t.nbytes for network in networks for t in (*network.parameters(), *network.buffers()))
 
 
-def _evaluation(model: Model, full: Settings, count: int, chunks: int) -> int:
-    """Of a U-Net without weights, with a batch of so many pictures."""
+def _evaluation(model: Model, full: Settings, count: int, chunks: int, net: Any) -> int:
+    """Of a U-Net without weights, and of a ControlNet without, with a batch of so many pictures."""
     rows = count * (1 if full.guidance_scale == 1 else 2)
     width, height = (-(-side // model.factor) for side in full.finished)
-    x = torch.empty(rows, model.unet.config.in_channels, height, width, device="meta", dtype=model.dtype)
-    known, t = _condition(model, rows, chunks), torch.empty(rows, device="meta")
-    return _peak(lambda: predict(model.unet, x, t, known), model.unet.parameters())
+    unet, networks = model.unet, [model.unet]
+    if net is not None:
+        from diffusion.models.control import Controlled  # slow to import
+
+        picture = torch.empty(1, 3, height * model.factor, width * model.factor, device="meta")
+        unet, networks = Controlled(model.unet, net, picture, 1.0), [model.unet, net]
+
+    def evaluate() -> None:
+        x = torch.empty(rows, model.unet.config.in_channels, height, width, device="meta", dtype=model.dtype)
+        predict(unet, x, torch.empty(rows, device="meta"), _condition(model, rows, chunks))
+
+    return _peak(evaluate, (weight for network in networks for weight in network.parameters()))
 
 
 def _decoding(vae: Any, size: Sequence[int]) -> int:

@@ -1,6 +1,5 @@
 """From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from torch import Tensor
 from diffusion import __version__
 from diffusion.images import metadata_texts, sheet_texts
 from diffusion.names import resolve_prediction
-from diffusion.notices import Flagged
+from diffusion.notices import Flagged, tell
 from diffusion.places import Limits, title_of
 from diffusion.safety import Checker, flags
 from diffusion.samplers import seed_noise
@@ -27,7 +26,7 @@ if TYPE_CHECKING:  # the libraries of the networks take seconds to import: not b
     from diffusion.drawing import Drawing
     from diffusion.models.control import Control
     from diffusion.models.folder import Model
-    from diffusion.repair import Repairs
+    from diffusion.repair import Batch, Repairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Progress:
     denoised: Tensor  # the estimate of the clean latents made on the way
     size: tuple[int, int]  # width and height of the pictures so far, which latents may exceed to the right and below
     images: list[Image.Image] | None  # at the last step of a batch, its pictures
-    _of: "TextToImage"
+    _repairs: "Repairs"
 
     @property
     def seeds(self) -> list[int]:
@@ -51,9 +50,8 @@ class Progress:
     def preview(self, *, exact: bool = False) -> list[Image.Image]:
         """What the pictures look like so far: a linear function of the estimated latents, or the estimate decoded."""
         from diffusion.canvas import cut
-        from diffusion.drawing import preview
 
-        return [cut(image, self.size) for image in preview(self._of.model, self.denoised, exact=exact)]
+        return [cut(image, self.size) for image in self._repairs.preview(self.denoised, exact=exact)]
 
 
 @dataclass
@@ -76,7 +74,7 @@ class TextToImage:
         path: str | Path = "emoji",
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
-        loras: Mapping[str, float] | None = None,
+        loras: Mapping[str, float] | Mapping[Path, float] | None = None,
         *,
         control: str | Path | None = None,
         lora_folder: str | Path | None = None,
@@ -123,8 +121,8 @@ class TextToImage:
             loading.offload(model, None if led is None else led.net, where)
         return cls(model, led, folder, prediction, where, checker)
 
-    def __call__(self, prompt: str | Sequence[str], **settings: Any) -> list[Image.Image]:
-        """Draw. Takes the fields of ``Settings`` as keywords; each one left out is the model's own default.
+    def __call__(self, prompt: str | Sequence[str] | Settings, **settings: Any) -> list[Image.Image]:
+        """Draw prompts, or a request as ``Settings``, whose fields are the keywords; one left out is the model's own.
 
         Returns one RGB picture for each prompt and each of ``num_images``, prompt by prompt; ``Image.info`` says how
         it was made. Raises ValueError for a request that cannot be met. Numbers that are not finite, and memory that is
@@ -134,10 +132,11 @@ class TextToImage:
         batches = (step.images for step in self.stream(prompt, **settings) if step.images is not None)
         return [image for images in batches for image in images]
 
-    def stream(self, prompt: str | Sequence[str], **settings: Any) -> Iterator[Progress]:
+    def stream(self, prompt: str | Sequence[str] | Settings, **settings: Any) -> Iterator[Progress]:
         """The same, step by step. To stop early is to stop iterating."""
-        wanted = Settings(prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt), **settings)
-        return self.run(wanted)
+        if isinstance(prompt, Settings):
+            return self.run(replace(prompt, **settings))
+        return self.run(Settings(prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt), **settings))
 
     def run(self, wanted: Settings) -> Iterator[Progress]:
         """The steps of a checked request."""
@@ -149,13 +148,14 @@ class TextToImage:
         """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
         from diffusion.drawing import Drawing
 
-        full = self.resolved(wanted)
-        if full.batch_size == "auto":
-            from diffusion.memory import largest_batch
+        plan = Drawing.plan(self.model, self.resolved(wanted), self.control, self.lora_folder)
+        if plan.full.batch_size != "auto":
+            return plan
+        from diffusion.memory import largest_batch
 
-            device = self.model.device if self.device is None else self.device
-            full = replace(full, batch_size=largest_batch(self.model, full, device))
-        return Drawing.plan(self.model, full, self.control, self.lora_folder)
+        device = self.model.device if self.device is None else self.device
+        most = largest_batch(self.model, plan.full, device, plan.chunks, self.control)
+        return replace(plan, full=replace(plan.full, batch_size=most))
 
     def compare(self, prompt: str, axes: Mapping[str, Iterable[Any]], **settings: Any) -> Image.Image:
         """One labelled sheet of the same picture under each combination of the values of one or two fields.
@@ -201,57 +201,58 @@ class TextToImage:
     # --- how
 
     def _drawn(self, drawing: "Drawing") -> Iterator[Progress]:
-        """Every batch; one that fails is drawn again in another way, for as long as there is one."""
-        from diffusion.repair import FAULTS, Repairs
+        """Every batch; what fails in one is drawn again in another way, for as long as there is one."""
+        from diffusion.repair import FAULTS, Batch, Repairs
 
         full, net = drawing.full, None if self.control is None else self.control.net
-        with Repairs(model=self.model, control=net, tile=full.vae_tiling, whole=bool(full.tile)) as repairs:
-            left = deque[Sequence[Shot]](drawing.batches())
+        how: dict[str, Any] = {"size": full.finished, "tile": full.vae_tiling, "whole": bool(full.tile)}
+        with Repairs(model=self.model, control=net, **how) as repairs:
+            left = deque(Batch(shots=shots) for shots in drawing.batches())
             while left:
-                shots, *rest = repairs.cut(left.popleft())
+                batch, *rest = left.popleft().parts(repairs.most)
                 left.extendleft(reversed(rest))
                 try:
-                    yield from self._batch(drawing, shots, repairs)
+                    with repairs.working(batch):
+                        yield from self._batch(drawing, batch, repairs)
                 except FAULTS as fault:
-                    left.extendleft(reversed(repairs.again(shots, fault)))
+                    left.extendleft(reversed(repairs.again(batch, fault)))
 
-    def _batch(self, drawing: "Drawing", shots: Sequence[Shot], repairs: "Repairs") -> Iterator[Progress]:
+    def _batch(self, drawing: "Drawing", batch: "Batch", repairs: "Repairs") -> Iterator[Progress]:
         total = drawing.full.total_steps
-        with closing(drawing.steps(shots, repairs)) as steps:
+        with closing(drawing.steps(batch, repairs)) as steps:
             for reached in steps:
                 yield Progress(
                     index=reached.done,
                     total=total,
-                    pictures=shots,
+                    pictures=batch.shots,
                     latents=reached.x,
                     denoised=reached.denoised,
                     size=reached.size,
-                    images=self._finished(drawing, shots, reached.x, repairs) if reached.done == total else None,
-                    _of=self,
+                    images=self._finished(drawing, batch, reached.x, repairs) if reached.done == total else None,
+                    _repairs=repairs,
                 )
 
-    def _finished(
-        self, drawing: "Drawing", shots: Sequence[Shot], latents: Tensor, repairs: "Repairs"
-    ) -> list[Image.Image]:
-        images = drawing.pictures(latents, repairs)
+    def _finished(self, drawing: "Drawing", batch: "Batch", latents: Tensor, repairs: "Repairs") -> list[Image.Image]:
+        images = drawing.pictures(batch, latents, repairs)
         reasons = [None] * len(images) if self.checker is None else flags(self.checker, images)
-        for image, shot, reason in zip(images, shots, reasons, strict=True):
+        for n, (image, shot, reason) in enumerate(zip(images, batch.shots, reasons, strict=True)):
             flagged = {} if reason is None else {"flagged": reason}
-            image.info.update(metadata_texts(self._made(drawing, shot, repairs) | flagged) | flagged)
+            made = self._made(replace(drawing.full, vae_tiling=batch.tiles[n]), drawing, shot, repairs.dtype)
+            repaired = {"repairs": batch.said[n]} if batch.said[n] else {}
+            image.info.update(metadata_texts(made | repaired | flagged) | flagged)
             if reason is not None:
-                warnings.warn(f"picture of seed {shot.seed} is flagged: {reason}", Flagged, stacklevel=2)
+                tell(Flagged(f"picture of seed {shot.seed} is flagged: {reason}"))
         return images
 
-    def _made(self, drawing: "Drawing", shot: Shot, repairs: "Repairs") -> dict[str, Any]:
+    def _made(self, full: Settings, drawing: "Drawing", shot: Shot, dtype: torch.dtype) -> dict[str, Any]:
         """Everything needed to make the same picture again."""
         return {
-            **replace(drawing.full, vae_tiling=repairs.tile).record(shot),
+            **full.record(shot),
             "model": title_of(self.model.path) if self.model.path else "unsaved",
             "model_hash": self.model_hash,
             **({} if self.prediction is None else {"prediction": self.prediction}),
             **drawing.facts(shot),
-            **({"repairs": list(repairs.said)} if repairs.said else {}),
-            "dtype": str(repairs.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "version": __version__,
             "torch": torch.__version__,
@@ -280,7 +281,9 @@ def _read_control(
     from diffusion.models.control import load_control, outline_control  # slow to import
 
     if not weights:
-        return outline_control(path, model)
+        control = outline_control(path, model)
+        torch.nn.Module.to(control.net, dtype)  # the stock classes' own complains
+        return control
     control = load_control(path, model, device, dtype)
     lay_out(control.net)
     return control

@@ -1,19 +1,21 @@
 """What is tried when drawing fails, before anybody hears that it did: one rung after another, and each of them is said.
 
 ===========================================  =======================================================================
-the autoencoder's numbers are not finite     in bfloat16, then in float32
-the U-Net's numbers are not finite           in float32, from the same noise
+the autoencoder's numbers are not finite     the picture's in bfloat16, then in float32
+the U-Net's numbers are not finite           the picture in float32, from the same noise
 memory is short                              the autoencoder in tiles; half as many pictures at once; on a GPU only the
                                              network that is at work
 ===========================================  =======================================================================
 
-What was repaired stays so until the end of a call, and then the model is what it was, to the last bit.
+Precision is the matter of one picture: whoever was beside it or before it is drawn as was asked for, so what it records
+draws it again. Memory is the matter of a call. At its end the model is what it was, to the last bit.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,9 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import loading, memory
+from diffusion.models import previews
 from diffusion.models.folder import Model
 from diffusion.models.networks import AutoencoderNotFinite, UNetNotFinite, decode, encode, first_weight, tiled
-from diffusion.notices import Repaired, is_short
+from diffusion.notices import Repaired, is_short, tell
 from diffusion.settings import Shot
 
 TILES = (512, 256)  # pixels; the smaller they are, the more a tile's colours depend on what it shows
@@ -33,7 +36,36 @@ LARGE = 1024 * 1024  # pixels from which on memory is looked at before an autoen
 FAULTS = (FloatingPointError, MemoryError, RuntimeError)
 
 Rung = Callable[[], str | None]  # does something in another way from now on and says so, or has no other way left
-Rungs = dict[type[Exception], Sequence[Rung]]
+Rungs = Mapping[type[Exception], Sequence[Rung]]
+
+
+class BeginAgain(RuntimeError):
+    """Pictures of a batch went through the autoencoder in one way and are to come back in another: that would show."""
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Pictures that go through the networks together, and how each of them is drawn."""
+
+    shots: Sequence[Shot]
+    finer: bool = False  # what draws works in float32
+    before: tuple[str, ...] = ()  # what was repaired in earlier attempts
+
+    def __post_init__(self) -> None:
+        self.said = [list(self.before) for _ in self.shots]  # of each picture
+        self.tiles: list[int | None] = [None] * len(self.shots)
+        self.coded = [False] * len(self.shots)  # whether the autoencoder has seen it
+
+    def see(self, whose: Iterable[int], tile: int | None, said: Sequence[str]) -> None:
+        """The autoencoder has seen some of the pictures, in such tiles, and this was repaired on the way there."""
+        for n in whose:
+            self.coded[n], self.tiles[n] = True, tile
+            self.said[n] += [text for text in said if text not in self.said[n]]
+
+    def parts(self, most: int | None) -> "list[Batch]":
+        """As many as it takes for none to be of more than ``most`` pictures."""
+        step = len(self.shots) if most is None else most
+        return [replace(self, shots=self.shots[start : start + step]) for start in range(0, len(self.shots), step)]
 
 
 @dataclass(kw_only=True)
@@ -42,10 +74,11 @@ class Repairs:
 
     model: Model
     control: Any = None  # the network of a ControlNet
+    size: tuple[int, int] = (0, 0)  # width and height of finished pictures
     tile: int | None = None  # pixels of the tiles that the autoencoder works in; None: whole pictures
     whole: bool = False  # tiles would show: edges are to fit each other
     most: int | None = None  # pictures at once
-    said: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # of all that is drawn from now on
     _undo: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -59,86 +92,132 @@ class Repairs:
 
     # --- the autoencoder
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of latents ``(B, C, h, w)``."""
-        height, width = (side * self.model.factor for side in latents.shape[-2:])
-        return self._coded(lambda: decode(self.model.vae, latents), (width, height))
+    def decode(self, latents: Tensor, batch: Batch | None = None) -> list[Image.Image]:
+        """Pictures of latents ``(B, C, h, w)``, those of the batch where there is one."""
+        each = enumerate(latents.split(1))
+        return [self._coded(partial(decode, self.model.vae, one), batch, [n])[0] for n, one in each]
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """The mean of the posterior of each picture, ``(B, C, h, w)``, on the scale that the U-Net sees."""
-        return self._coded(lambda: encode(self.model.vae, images), images[0].size)
+    def encode(self, images: Sequence[Image.Image], batch: Batch) -> Tensor:
+        """The mean of the posterior of each picture, ``(B, C, h, w)``, on the scale that the U-Net sees.
 
-    def _coded(self, attempt: Callable[[], Any], size: tuple[int, int]) -> Any:
-        rungs: Rungs = {AutoencoderNotFinite: (self._finer_autoencoder,), MemoryError: (lambda: self._tiles(size),)}
-        self._foresee(size)
-        while True:
-            try:
-                with tiled(self.model.vae, self.tile):
-                    return attempt()
-            except FAULTS as fault:
-                if not self._climb(fault, rungs):
-                    raise
+        One picture is that which all of the batch begin from.
+        """
+        whose = [range(len(batch.shots))] if len(images) == 1 else [[n] for n in range(len(images))]
+        each = zip(images, whose, strict=True)
+        return torch.cat([self._coded(partial(encode, self.model.vae, [image]), batch, who) for image, who in each])
 
-    def _foresee(self, size: tuple[int, int]) -> None:
-        """A machine whose memory is lent out twice ends a process that takes it; so it is not tried on the CPU."""
-        if self.tile is not None or size[0] * size[1] <= LARGE or self.model.device.type != "cpu":
-            return
-        if memory.decoding_bytes(self.model, size) > memory.free_bytes(self.model.device):
-            self._say("memory is short", self._tiles(size))
+    def preview(self, latents: Tensor, *, exact: bool) -> list[Image.Image]:
+        """What latents look like: by the linear map of the recipe, by one that is fitted, or decoded."""
+        if exact:
+            return self.decode(latents)
+        recipe = self.model.recipe
+        if recipe.latent_rgb is None:
+            recipe.latent_rgb = self._coded(partial(previews.fit, self.model.vae))
+        return previews.draw(latents, recipe.latent_rgb, self.model.factor)
+
+    def _coded(self, attempt: Callable[[], Any], batch: Batch | None = None, whose: Sequence[int] = ()) -> Any:
+        """What the autoencoder makes of pictures of a batch, in a precision that is theirs alone."""
+        finer = list[str]()
+        with ExitStack() as undo:
+            rungs: Rungs = {
+                AutoencoderNotFinite: (partial(self._finer_autoencoder, undo),),
+                MemoryError: (self._tiles,),
+            }
+            while True:
+                try:
+                    with tiled(self.model.vae, self.tile):
+                        found = attempt()
+                    break
+                except FAULTS as fault:
+                    said = self._climb(fault, rungs)
+                    if said is None:
+                        raise
+                    if not is_short(fault):
+                        finer.append(said)
+                    elif batch is not None and any(batch.coded[n] for n in whose):
+                        raise BeginAgain from fault
+        if batch is not None:
+            batch.see(whose, self.tile, (*self.said, *finer))
+        return found
 
     # --- a batch
 
-    def again(self, shots: Sequence[Shot], fault: Exception) -> list[Sequence[Shot]]:
+    @contextmanager
+    def working(self, batch: Batch) -> Iterator[None]:
+        """Within the block the networks are as this batch needs them."""
+        self._foresee()
+        with ExitStack() as undo:
+            if batch.finer:
+                self._refine(undo)
+            yield
+
+    def again(self, batch: Batch, fault: Exception) -> list[Batch]:
         """The batches to draw in place of one that failed. The fault again, and what was tried, if nothing is left."""
-        rungs: Rungs = {
-            UNetNotFinite: (self._finer_network,),
-            MemoryError: (lambda: self._halves(len(shots)), self._offload),
-        }
-        if self._climb(fault, rungs):
-            return self.cut(shots)
+        if isinstance(fault, BeginAgain):
+            return [replace(batch)]
+        if isinstance(fault, UNetNotFinite) and not batch.finer and self.dtype != torch.float32:
+            return list(self._apart(batch, fault))
         if not is_short(fault):
             raise fault
-        raise MemoryError("; ".join(["out of memory: ask for a smaller picture", *self.said])) from fault
+        rungs: Rungs = {MemoryError: (lambda: self._halves(len(batch.shots)), self._offload)}
+        if self._climb(fault, rungs) is None:
+            raise MemoryError("; ".join(["out of memory: ask for a smaller picture", *self.said])) from fault
+        return batch.parts(self.most)
 
-    def cut(self, shots: Sequence[Shot]) -> list[Sequence[Shot]]:
-        """A batch in parts that are small enough."""
-        most = len(shots) if self.most is None else self.most
-        return [shots[start : start + most] for start in range(0, len(shots), most)]
+    def _apart(self, batch: Batch, fault: UNetNotFinite) -> Iterator[Batch]:
+        """Neighbours that failed, and those that did not: in float32 and as they were, in their order."""
+        said = self._say(f"{fault}: drawn again in float32")
+        for failed, some in groupby(zip(batch.shots, fault.which, strict=True), key=lambda pair: pair[1]):
+            shots = [shot for shot, _ in some]
+            how: dict[str, Any] = {"finer": True, "before": (*batch.before, said)} if failed else {}
+            yield replace(batch, shots=shots, **how)
 
     # --- the rungs
 
-    def _climb(self, fault: Exception, rungs: Rungs) -> bool:
-        """Take the first rung that there is for a fault."""
-        kind = MemoryError if is_short(fault) else type(fault)
-        for rung in rungs.get(kind, ()):
-            if self._say("out of memory" if kind is MemoryError else str(fault), rung()):
+    def _climb(self, fault: Exception, rungs: Rungs) -> str | None:
+        """Take the first rung that there is for a fault. What is said of it; None: there is none."""
+        short = is_short(fault)
+        for rung in rungs.get(MemoryError if short else type(fault), ()):
+            if (repair := rung()) is not None:
                 memory.give_back(self.model.device)
-                return True
-        return False
+                return self._remember(f"out of memory: {repair}") if short else self._say(f"{fault}: {repair}")
+        return None
 
-    def _say(self, fault: str, repair: str | None) -> bool:
-        if repair is None:
-            return False
-        self.said.append(f"{fault}: {repair}")
-        warnings.warn(self.said[-1], Repaired, stacklevel=2)
-        return True
+    def _remember(self, text: str) -> str:
+        """Say what holds from now on."""
+        self.said.append(text)
+        return self._say(text)
 
-    def _finer_autoencoder(self) -> str | None:
+    def _say(self, text: str) -> str:
+        tell(Repaired(text))
+        return text
+
+    def _finer_autoencoder(self, undo: ExitStack) -> str | None:
         dtype = FINER.get(first_weight(self.model.vae).dtype)
-        return None if dtype is None else f"it works in {self._cast([self.model.vae], dtype)}"
-
-    def _finer_network(self) -> str | None:
-        """Straight to float32: what is past the range of float16 in a U-Net is past the precision of bfloat16 soon."""
-        if self.model.dtype == torch.float32:
+        if dtype is None:
             return None
+        _cast([self.model.vae], dtype, undo)
+        return f"it works in {str(dtype).removeprefix('torch.')}"
+
+    def _refine(self, undo: ExitStack) -> None:
+        """Straight to float32: what is past the range of float16 in a U-Net is past the precision of bfloat16 soon."""
         networks = [self.model.unet, *self.model.text_encoders, *([] if self.control is None else [self.control])]
         if self.model.compiled is not None:  # its weights are constants
-            self._undo.callback(setattr, self.model.unet, "forward", self.model.unet.forward)
+            undo.callback(setattr, self.model.unet, "forward", self.model.unet.forward)
             self.model.unet.forward = self.model.compiled.plain
-        return f"drawn again in {self._cast(networks, torch.float32)}"
+        _cast(networks, torch.float32, undo)
 
-    def _tiles(self, size: tuple[int, int]) -> str | None:
-        before = max(size) if self.tile is None else self.tile
+    def _foresee(self) -> None:
+        """A machine whose memory is lent out twice ends a process that takes it; so it is not tried on the CPU."""
+        if self.tile is not None or self.size[0] * self.size[1] <= LARGE or self.model.device.type != "cpu":
+            return
+        if memory.decoding_bytes(self.model, self.size) > memory.free_bytes(self.model.device):
+            repair = self._tiles()
+            if repair is not None:
+                self._remember(f"memory is short: {repair}")
+
+    def _tiles(self) -> str | None:
+        before = max(self.size) if self.tile is None else self.tile
         smaller = [tile for tile in TILES if tile < before and tile % (4 * self.model.factor) == 0]
         if self.whole or not smaller:
             return None
@@ -152,7 +231,8 @@ class Repairs:
         return f"drawn {self.most} at once" if self.most > 1 else "drawn one by one"
 
     def _offload(self) -> str | None:
-        if self.model.device.type == "cpu" or self.model.offload is not None:
+        """A compiled network stays where its constants are."""
+        if self.model.device.type == "cpu" or self.model.offload is not None or self.model.compiled is not None:
             return None
         loading.offload(self.model, self.control, self.model.device)
         self._undo.callback(self._bring_home)
@@ -163,12 +243,17 @@ class Repairs:
         if offload is not None:
             offload.end()
 
-    def _cast(self, networks: Iterable[nn.Module], dtype: torch.dtype) -> str:
-        """Weights in another precision until the end of the call; they are kept, for a cast back would lose bits."""
-        tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
-        with torch.inference_mode(False):
-            for tensor in tensors:
-                if tensor.is_floating_point():
-                    self._undo.callback(setattr, tensor, "data", tensor.data)
-                    tensor.data = tensor.data.to(dtype)
-        return str(dtype).removeprefix("torch.")
+
+def _cast(networks: Iterable[nn.Module], dtype: torch.dtype, undo: ExitStack) -> None:
+    """Weights in another precision; a cast back would lose bits, so they are kept, where a GPU has room for others."""
+    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+    with torch.inference_mode(False):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                undo.callback(_restore, tensor, tensor.data.cpu())
+                tensor.data = tensor.data.to(dtype)
+
+
+def _restore(tensor: Tensor, kept: Tensor) -> None:
+    with torch.inference_mode(False):
+        tensor.data = kept.to(tensor.device)

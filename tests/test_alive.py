@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import TextToImage, drawing, memory, repair
+from diffusion import TextToImage, drawing, loading, memory, repair
+from diffusion.models.folder import load_model
 from diffusion.models.networks import first_weight, tiled
 from diffusion.models.offload import Offload
 from diffusion.notices import Repaired
 from diffusion.settings import Settings
+from families import save
 from test_generate_cli import Command
 from test_generate_cli import draw as draw  # a fixture
 
@@ -138,22 +140,69 @@ def test_a_unet_that_fails_draws_the_batch_again_from_the_same_noise(half: TextT
     assert repairs_of(mended[0]) == ["the U-Net put out numbers that are not finite at step 1: drawn again in float32"]
 
 
-def test_later_batches_of_a_call_do_not_fail_again_and_later_calls_are_as_before(half: TextToImage) -> None:
-    plain, before = half(PROMPT, seed=5)[0], weights_of(half)
-    failures = []
+def rows_of(latent: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which rows of a batch are one picture's at its first step."""
+    return lambda x: torch.isclose(x.float(), latent.float(), atol=1e-2).flatten(1).all(dim=1)
 
-    def refuse(x: torch.Tensor) -> bool:
-        failures.append(x.dtype == torch.bfloat16)
-        return failures[-1]
 
-    with failing(fails(half.model.unet.conv_in, refuse)), pytest.warns(Repaired) as said:
-        images = half(PROMPT, seed=1, num_images=3, batch_size=1)
-    assert sum(failures) == 1
-    assert len(said) == 1
-    assert [len(repairs_of(image)) for image in images] == [1, 1, 1]
+def spoils(layer: torch.nn.Module, whose: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A layer that from now on puts out NaN in bfloat16 for some rows of a batch."""
+
+    def hook(_: Any, given: Any, out: Any) -> Any:
+        bad = whose(given[0]).view(-1, 1, 1, 1)
+        return out.masked_fill(bad, math.nan) if given[0].dtype == torch.bfloat16 else out
+
+    return layer.register_forward_hook(hook)
+
+
+SAID = "the U-Net put out numbers that are not finite at step 1: drawn again in float32"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_unet_that_fails_for_one_picture_fails_for_no_other(half: TextToImage, batch_size: int) -> None:
+    """Else what it records would not draw it again: beside whom it was drawn is nowhere written."""
+    call = {"seed": 1, "num_images": 3, "batch_size": batch_size}
+    plain, before = half(PROMPT, **call), weights_of(half)
+    (start,) = half.first_noise([2], 16, 16)
+    faulty = spoils(half.model.unet.conv_in, rows_of(start.bfloat16()))
+    with failing(faulty):
+        with pytest.warns(Repaired) as said:
+            images = half(PROMPT, **call)
+        with pytest.warns(Repaired):
+            (alone,) = half(PROMPT, seed=2)
+    assert [str(one.message) for one in said] == [SAID]
+    assert [image.tobytes() for image in images[::2]] == [image.tobytes() for image in plain[::2]]
+    assert [repairs_of(image) for image in images] == [[], [SAID], []]
+    assert psnr(images[1], plain[1]) > 35
+    assert (alone.tobytes(), alone.info) == (images[1].tobytes(), images[1].info)
     after = weights_of(half)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert half(PROMPT, seed=5)[0].tobytes() == plain.tobytes()
+
+
+def test_a_decoder_that_fails_for_one_picture_fails_for_no_other(half: TextToImage) -> None:
+    steps = list(half.stream(PROMPT, seed=1, num_images=3))
+    plain, latent = steps[-1].images, steps[-1].latents[1].bfloat16()
+    assert plain is not None
+    scaled = half.model.vae.post_quant_conv  # the first layer that sees them
+    with failing(spoils(scaled, rows_of(latent / half.model.vae.config.scaling_factor))):
+        with pytest.warns(Repaired) as said:
+            images = half(PROMPT, seed=1, num_images=3)
+        assert len(said) == 1
+        with pytest.warns(Repaired):
+            (alone,) = half(PROMPT, seed=2)
+    assert [image.tobytes() for image in images[::2]] == [image.tobytes() for image in plain[::2]]
+    assert [len(repairs_of(image)) for image in images] == [0, 1, 0]
+    assert images[1].tobytes() != plain[1].tobytes()
+    assert (alone.tobytes(), alone.info) == (images[1].tobytes(), images[1].info)
+
+
+def test_a_repair_is_told_every_time_and_where_it_was_asked_for(half: TextToImage) -> None:
+    hook = fails(half.model.unet.conv_in, lambda x: x.dtype == torch.bfloat16)
+    with failing(hook), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")  # as a script has it: the same text from the same line once
+        for _ in range(2):
+            half(PROMPT, seed=1)
+    assert [(str(one.message), one.filename) for one in said] == [(SAID, __file__)] * 2
 
 
 def test_a_step_that_fails_late_begins_its_batch_again(half: TextToImage) -> None:
@@ -203,6 +252,45 @@ def test_a_picture_to_begin_from_that_cannot_be_encoded_is_encoded_in_float32(ha
     ):
         (mended,) = half(PROMPT, seed=1, init_image=start, strength=0.5)
     assert len(repairs_of(mended)) == 1
+
+
+def test_what_is_looked_at_on_the_way_is_repaired_too(half: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = next(half.stream(PROMPT, seed=1))
+    vae = half.model.vae
+    with (
+        failing(fails(vae.decoder.conv_in, lambda x: x.dtype == torch.bfloat16)),
+        pytest.warns(Repaired, match="it works in float32"),
+    ):
+        (exact,) = step.preview(exact=True)
+    assert exact.getbbox() is not None
+    half.model.recipe.latent_rgb = None
+    with (
+        failing(fails(vae.encoder.conv_in, lambda x: x.dtype == torch.bfloat16)),
+        pytest.warns(Repaired, match="it works in float32"),
+    ):
+        step.preview()
+    matrix = half.model.recipe.latent_rgb
+    assert matrix is not None
+    assert np.isfinite(matrix).all(), "it is kept, so it must be good"
+    assert vae.dtype == torch.bfloat16
+    half.model.recipe.latent_rgb = None
+    with failing(fails(vae.encoder.conv_in, lambda x: True)), pytest.raises(FloatingPointError), pytest.warns(Repaired):
+        step.preview()
+    assert half.model.recipe.latent_rgb is None
+
+
+def test_a_film_shows_no_attempt_that_was_given_up(draw: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, whole = [], drawing.network_denoiser
+
+    def faulty(unet: Any, *given: Any) -> Any:
+        denoise = whole(unet, *given)
+        return lambda x, level: denoise(x, level) * (math.nan if calls.append(0) or len(calls) == 3 else 1)
+
+    monkeypatch.setattr(drawing, "network_denoiser", faulty)
+    told = draw(PROMPT, "-s", "1", "--dtype", "bf16", "--steps", "4", "--sampler", "ddim", "--film", "film.png")
+    assert told.code == 0, told.err
+    assert "at step 3: drawn again" in told.err
+    assert Image.open("film.png").size == (5 * 16, 16), "four steps and the picture"
 
 
 # --- memory that is short
@@ -256,6 +344,61 @@ def test_a_decoder_without_room_works_in_tiles(tiny: TextToImage, small: dict[st
     assert [re.findall(r"\d+", str(one.message)) for one in said] == [["64"], ["32"]]
     assert mended.tobytes() == tiny(PROMPT, vae_tiling=32, **small)[0].tobytes()
     assert tiny(PROMPT, **small)[0].tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("given", [{"init_image": Image.new("RGB", (80, 64), "red")}, {"hires": 1.6}])
+def test_what_is_decoded_in_tiles_was_encoded_in_tiles(
+    tiny: TextToImage, small: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """A batch of which some went through the autoencoder whole begins again: a record holds one size of tiles."""
+    call = small | given
+    asked = tiny(PROMPT, vae_tiling=64, num_images=2, **call)
+    room = 80 if "hires" in given else 64
+    hook = fails(tiny.model.vae.decoder.conv_in, lambda x: x.shape[-1] * 2 > room, SHORT[1])
+    with failing(hook), pytest.warns(Repaired) as said:
+        mended = tiny(PROMPT, num_images=2, **call)
+    assert len(said) == 1
+    assert [image.tobytes() for image in mended] == [image.tobytes() for image in asked]
+    assert [json.loads(image.info["diffusion"])["vae_tiling"] for image in mended] == [64, 64]
+
+
+def test_each_picture_says_how_it_was_decoded(tiny: TextToImage, small: dict[str, Any]) -> None:
+    calls = []
+
+    def second(x: torch.Tensor) -> bool:
+        calls.append(x.shape)
+        return len(calls) == 2
+
+    with failing(fails(tiny.model.vae.decoder.conv_in, second, SHORT[1])), pytest.warns(Repaired):
+        images = tiny(PROMPT, num_images=3, **small)
+    made = [json.loads(image.info["diffusion"]) for image in images]
+    assert [one.get("vae_tiling") for one in made] == [None, 64, 64]
+    assert [len(one.get("repairs", [])) for one in made] == [0, 1, 1]
+    for image, one in zip(images, made, strict=True):
+        call = small | {"seed": one["seed"], "vae_tiling": one.get("vae_tiling")}
+        assert tiny(PROMPT, **call)[0].tobytes() == image.tobytes()
+
+
+def test_without_room_for_finer_weights_fewer_pictures_are_drawn(
+    half: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, cast, tried = weights_of(half), repair._cast, []
+
+    def narrow(networks: Any, dtype: torch.dtype, undo: Any) -> None:
+        networks = list(networks)
+        cast(networks[:1], dtype, undo)
+        tried.append(len(networks))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        cast(networks[1:], dtype, undo)
+
+    monkeypatch.setattr(repair, "_cast", narrow)
+    with failing(fails(half.model.unet.conv_in, lambda x: x.dtype == torch.bfloat16)), pytest.warns(Repaired) as said:
+        images = half(PROMPT, seed=1, num_images=2)
+    assert [str(one.message) for one in said] == [SAID, "out of memory: drawn one by one"]
+    assert [repairs_of(image) for image in images] == [[SAID, "out of memory: drawn one by one"]] * 2
+    after = weights_of(half)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_edges_that_fit_each_other_are_never_cut_into_tiles(tiny: TextToImage) -> None:
@@ -312,9 +455,6 @@ def faint(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda x, level: denoise(x, level) * (math.nan if dtype == torch.bfloat16 else 1)
 
     monkeypatch.setattr(drawing, "network_denoiser", faulty)
-
-
-SAID = "the U-Net put out numbers that are not finite at step 1: drawn again in float32"
 
 
 def test_a_repair_is_a_line_an_event_and_in_the_picture(draw: Command, faint: None) -> None:
@@ -387,7 +527,10 @@ def test_an_autoencoder_is_as_it_was_after_its_tiles(tiny: TextToImage) -> None:
         (["--vae-tiling", "0"], "vae_tiling must be at least 1"),
         (["--vae-tiling", "64", "--tile", "x"], "tile and vae_tiling exclude each other"),
         (["--batch-size", "many"], "'many' is not a whole number or auto"),
-        (["--offload", "--device", "cpu"], "offload leaves networks in the machine's memory"),
+        (
+            ["--offload", "--device", "cpu"],
+            "keeps networks out of a GPU's memory, and this is the CPU: leave",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused_before_it_is_drawn(draw: Command, flags: list[str], message: str) -> None:
@@ -418,10 +561,51 @@ def test_a_batch_is_as_large_as_memory_has_room_for(
     assert [len(event["seeds"]) for event in told.events if event["event"] == "step"] == [2, 2]
 
 
-def evaluation(t2i: TextToImage, count: int) -> int:
-    outline = TextToImage.load(t2i.model.path or "", "cpu", weights=False)
-    full = outline.resolved(Settings(prompts=(PROMPT,), seed=1, num_images=count, batch_size=count))
-    return memory.drawing_bytes(outline.model, full).evaluation
+def evaluation(t2i: TextToImage, count: int, chunks: int = 1, **given: Any) -> int:
+    net = None if t2i.control is None else t2i.control.path
+    outline = TextToImage.load(t2i.model.path or "", "cpu", control=net, weights=False)
+    full = outline.resolved(Settings(prompts=(PROMPT,), seed=1, num_images=count, batch_size=count, **given))
+    return memory.drawing_bytes(outline.model, full, chunks, outline.control).evaluation
+
+
+def test_a_batch_of_auto_size_knows_long_prompts_and_controlnets(
+    tiny: TextToImage, led: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(t2i: TextToImage, free: int, prompt: str, **settings: Any) -> list[int]:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        steps = t2i.stream(prompt, seed=1, steps=1, num_images=2, batch_size="auto", **settings)
+        return [len(step.pictures) for step in steps]
+
+    long, chunks = " ".join([PROMPT] * 99), 9
+    assert tiny.plan(Settings(prompts=(long,), seed=1, long_prompts=True)).chunks == chunks
+    two, longer = (memory.COPIES * evaluation(tiny, 2, n) for n in (1, chunks))
+    assert two < longer
+    for room, pictures in ((two, [1, 1]), (longer, [2])):
+        assert batches(tiny, memory.KEPT + room, long, long_prompts=True) == pictures
+    assert batches(tiny, memory.KEPT + two, PROMPT) == [2]
+    picture = {"control_image": Image.new("RGB", (64, 64))}
+    alone = TextToImage.load(led.model.path or "", "cpu", "fp32")
+    two, more = memory.COPIES * evaluation(alone, 2), memory.COPIES * evaluation(led, 2, **picture)
+    assert two < more
+    assert batches(led, memory.KEPT + two, PROMPT, **picture) == [1, 1]
+    assert batches(led, memory.KEPT + more, PROMPT, **picture) == [2]
+    assert batches(alone, memory.KEPT + two, PROMPT) == [2]
+
+
+@pytest.fixture
+def led(tmp_path: Path) -> TextToImage:
+    """A tiny model with a ControlNet on it."""
+    from diffusers import ControlNetModel
+
+    sd1 = save("sd1", tmp_path / "sd1", vae_blocks=4)
+    ControlNetModel.from_unet(load_model(sd1).unet, conditioning_channels=3).save_pretrained(tmp_path / "net")
+    return TextToImage.load(sd1, "cpu", "fp32", control=tmp_path / "net")
+
+
+def test_a_compiled_network_does_not_travel(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="leave out offload or compile"):
+        loading.offload(TextToImage.load(tiny_model, compile=True, weights=False).model, None, torch.device("cuda"))
+    loading.offload(TextToImage.load(tiny_model, weights=False).model, None, torch.device("cuda"))
 
 
 def test_one_network_at_a_time_is_on_the_device(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,6 +621,7 @@ def test_one_network_at_a_time_is_on_the_device(tiny: TextToImage, monkeypatch: 
             trips.append((names[id(network)], place))
             (there.add if place == "device" else there.discard)(names[id(network)])
             assert len(there) <= 1
+            assert not torch.is_inference_mode_enabled(), "its weights could not be trained any more"
         return move(network, *given, **named)
 
     for network in model.networks.values():

@@ -14,9 +14,9 @@ from diffusion.canvas import Canvas, make_canvas, soften
 from diffusion.images import read_metadata
 from diffusion.models import previews
 from diffusion.models.folder import load_model
-from diffusion.models.networks import to_latents, to_pixels
+from diffusion.models.networks import decode, to_latents, to_pixels
 from diffusion.parameters import parse_parameters
-from diffusion.repair import Repairs
+from diffusion.repair import Batch, Repairs
 from diffusion.schedules import levels
 from diffusion.settings import Settings
 from families import KINDS, parity, psnr, save, stock
@@ -237,8 +237,9 @@ def test_hires_begins_where_the_picture_is(tiny):
     image.paste("black", (10, 0, 21, 19))
     drawing_ = tiny.plan(Settings(prompts=("",), init_image=image, hires=2, seed=1, steps=1))
     latent = to_latents(tiny.model.vae, to_pixels([Image.fromarray(drawing_.board.pixels)]))[0]
-    small = drawing.decode(tiny.model.vae, latent)[0].crop((0, 0, 21, 19))
-    (board,) = drawing_._boards(drawing_.descents[1], latent, Repairs(model=tiny.model))
+    small = decode(tiny.model.vae, latent)[0].crop((0, 0, 21, 19))
+    batch = Batch(shots=drawing_.full.shots())
+    (board,) = drawing_._boards(batch, drawing_.descents[1], latent, Repairs(model=tiny.model))
     assert board.size == (42, 38)
     large = np.asarray(small.resize((42, 38), Image.Resampling.LANCZOS))
     assert np.array_equal(board.pixels[:38, :42], large)
@@ -503,7 +504,7 @@ def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
         (["-i", image, "--strength", "0"], "would change nothing"),
         (["-i", image, "--strength", "1.5"], "strength must be 0 to 1"),
         (["-i", image, "--strength", "0.001", "--steps", "20"], "more than this model's 1000"),
-        (["-i", "nowhere.png"], "nowhere.png"),
+        (["-i", "nowhere.png"], ": nowhere.png is not there\n"),
         (["-i", __file__], "cannot be read as a picture"),
         (["-i", image, "--mask", mask, "--hires", "2"], "hires and mask exclude each other"),
         (["--hires", "1"], "above 1"),
@@ -566,8 +567,9 @@ def test_a_film_a_sheet_and_a_preview_are_written(draw):  # noqa: F811
 def test_a_preview_is_of_the_estimate(tiny):
     first = next(tiny.stream(PROMPT, seed=1, steps=4))
     shown = first.preview()[0].tobytes()
-    assert shown == drawing.preview(tiny.model, first.denoised)[0].tobytes()
-    assert shown != drawing.preview(tiny.model, first.latents)[0].tobytes()
+    look = Repairs(model=tiny.model).preview
+    assert shown == look(first.denoised, exact=False)[0].tobytes()
+    assert shown != look(first.latents, exact=False)[0].tobytes()
 
 
 def test_a_preview_has_the_colours_of_the_picture():

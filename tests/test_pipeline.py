@@ -116,6 +116,16 @@ def test_a_picture_of_the_shipped_model_does_not_know_its_batch(given: dict[str,
     assert [drawn([prompt])[0] for prompt in prompts] == together
 
 
+def test_a_request_may_be_given_whole(tiny: TextToImage) -> None:
+    wanted = Settings(prompts=(PROMPT, "blue boat"), seed=3, steps=2)
+    images = tiny(wanted)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in tiny(wanted.prompts, seed=3, steps=2)]
+    assert tiny(wanted, seed=4)[0].tobytes() == tiny(PROMPT, seed=4, steps=2)[0].tobytes()
+    assert [step.index for step in tiny.stream(wanted, steps=3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        tiny(wanted, steps=0)
+
+
 def test_the_same_call_gives_the_same_bits(tiny: TextToImage) -> None:
     given = {"seed": 3, "num_images": 2, "sampler": "dpmpp_sde", "steps": 3}
     assert [image.tobytes() for image in tiny(PROMPT, **given)] == [image.tobytes() for image in tiny(PROMPT, **given)]

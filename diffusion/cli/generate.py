@@ -223,6 +223,7 @@ def watched(
             sheet.info.update(mark(composite=wanted.init_image is not None) if outputs.metadata else {})
             save_sheet(sheet, outputs.preview)
         if outputs.film is not None:
+            del frames[step.index - 1 :]  # of an attempt that failed
             frames.append(step.preview()[0])
         yield step
 

@@ -22,7 +22,11 @@ class AutoencoderNotFinite(FloatingPointError):
 
 
 class UNetNotFinite(FloatingPointError):
-    """A U-Net, or what leads it, put out numbers that are not finite."""
+    """A U-Net, or what leads it, put out numbers that are not finite; ``which``: for each picture whether it did."""
+
+    def __init__(self, message: str, which: Sequence[bool]) -> None:
+        super().__init__(message)
+        self.which = which
 
 
 def build_autoencoder(arguments: dict[str, Any]) -> AutoencoderKL:
@@ -104,7 +108,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     shift = vae.config.shift_factor
     dtype, raw = first_weight(vae).dtype, latents / vae.config.scaling_factor + (0.0 if shift is None else shift)
     pixels = torch.cat([vae.decode(one.to(dtype)).sample for one in raw.split(1)])
-    return to_images(_finite(pixels))
+    return to_images(finite(pixels))
 
 
 def encode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> Tensor:
@@ -112,10 +116,11 @@ def encode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> Tensor:
 
     AutoencoderNotFinite if there is none.
     """
-    return torch.cat([_finite(to_latents(vae, to_pixels([image]))[0]) for image in images])
+    return torch.cat([finite(to_latents(vae, to_pixels([image]))[0]) for image in images])
 
 
-def _finite(values: Tensor) -> Tensor:
+def finite(values: Tensor) -> Tensor:
+    """What an autoencoder has put out. AutoencoderNotFinite if there are infinities or NaN in it."""
     if not torch.isfinite(values).all():
         raise AutoencoderNotFinite("the autoencoder put out numbers that are not finite")
     return values

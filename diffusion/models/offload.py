@@ -26,25 +26,31 @@ class Offload:
             for part in _entrances(network)
         ]
         for network in self.networks:
-            network.to("cpu")
+            _move(network, "cpu")
 
     def end(self) -> None:
         """All of them on the device again."""
         for hook in self._hooks:
             hook.remove()
         for network in self.networks:
-            network.to(self.device)
+            _move(network, self.device)
 
     def _call(self, network: nn.Module, part: nn.Module, given: Any, named: Any) -> Any:
         if self.present is not network:
             if self.present is not None:
-                self.present.to("cpu")
-            network.to(self.device)
+                _move(self.present, "cpu")
+            _move(network, self.device)
             self.present = network
         return tree_map(self._here, (given, named))
 
     def _here(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def _move(network: nn.Module, device: torch.device | str) -> None:
+    """Outside of inference mode: weights that are made in it can never be trained, nor put in another precision."""
+    with torch.inference_mode(False):
+        network.to(device)
 
 
 def _entrances(network: nn.Module) -> Iterator[nn.Module]:

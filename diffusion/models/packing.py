@@ -49,7 +49,7 @@ class _Packed:
     def __init__(self, layer: Any) -> None:
         self.layer, self.plain = layer, type(layer).forward
         self.convolves = isinstance(layer, nn.Conv2d)
-        self.made_of: tuple[int, int] | None = None  # address and version of the weight that is packed
+        self.made_of: tuple[Any, ...] | None = None  # address, version and precision of the weight that is packed
         self.weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _Packed:
         weight = layer.weight
         if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or self._is_special(x):
             return self.plain(layer, x)
-        made_of = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        made_of = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
         if self.made_of != made_of:
             self.weight, self.made_of = self._pack(weight.detach(), x), made_of
         if not self.convolves:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.models.networks import spatial_factor, to_images, to_latents
+from diffusion.models.networks import finite, spatial_factor, to_images, to_latents
 
 CELLS = 16  # colours along a side of a picture to fit on
 
@@ -16,6 +16,7 @@ def fit(vae: Any, pictures: Tensor | None = None) -> list[list[float]]:
     """The ``(C + 1, 3)`` matrix from latents, and a one, to RGB in [-1, 1]: least squares over latent cells.
 
     ``pictures`` ``(B, 3, H, W)`` in [-1, 1]; without any, pictures of random smooth colours, the same ones each time.
+    AutoencoderNotFinite if the autoencoder cannot encode them.
     """
     factor = spatial_factor(vae)
     if pictures is None:
@@ -23,7 +24,7 @@ def fit(vae: Any, pictures: Tensor | None = None) -> list[list[float]]:
         colours = torch.rand(8, 3, CELLS // 2, CELLS // 2, generator=generator) * 2 - 1
         pictures = torch.nn.functional.interpolate(colours, size=(CELLS * factor, CELLS * factor), mode="bicubic")
     pixels = pictures.clamp(-1, 1).to(vae.device, vae.dtype)
-    latents = torch.cat([to_latents(vae, one)[0] for one in pixels.split(8)]).float().cpu()
+    latents = torch.cat([finite(to_latents(vae, one)[0]) for one in pixels.split(8)]).float().cpu()
     means = torch.nn.functional.avg_pool2d(pixels.float().cpu(), factor)
     inputs = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
