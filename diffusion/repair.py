@@ -56,6 +56,10 @@ class Batch:
         self.tiles: list[int | None] = [None] * len(self.shots)
         self.coded = [False] * len(self.shots)  # whether the autoencoder has seen it
 
+    def fits(self, whose: Iterable[int], tile: int | None) -> bool:
+        """Whether the autoencoder has seen none of the pictures yet, or in such tiles."""
+        return all(self.tiles[n] == tile for n in whose if self.coded[n])
+
     def see(self, whose: Iterable[int], tile: int | None, said: Sequence[str]) -> None:
         """The autoencoder has seen some of the pictures, in such tiles, and this was repaired on the way there."""
         for n in whose:
@@ -63,7 +67,7 @@ class Batch:
             self.said[n] += [text for text in said if text not in self.said[n]]
 
     def parts(self, most: int | None) -> "list[Batch]":
-        """As many as it takes for none to be of more than ``most`` pictures."""
+        """The same pictures before the first step, in batches of at most ``most``."""
         step = len(self.shots) if most is None else most
         return [replace(self, shots=self.shots[start : start + step]) for start in range(0, len(self.shots), step)]
 
@@ -123,22 +127,20 @@ class Repairs:
                 AutoencoderNotFinite: (partial(self._finer_autoencoder, undo),),
                 MemoryError: (self._tiles,),
             }
-            while True:
+            while batch is None or batch.fits(whose, self.tile):
                 try:
                     with tiled(self.model.vae, self.tile):
                         found = attempt()
-                    break
                 except FAULTS as fault:
                     said = self._climb(fault, rungs)
                     if said is None:
                         raise
-                    if not is_short(fault):
-                        finer.append(said)
-                    elif batch is not None and any(batch.coded[n] for n in whose):
-                        raise BeginAgain from fault
-        if batch is not None:
-            batch.see(whose, self.tile, (*self.said, *finer))
-        return found
+                    finer += [] if is_short(fault) else [said]
+                    continue
+                if batch is not None:
+                    batch.see(whose, self.tile, (*self.said, *finer))
+                return found
+        raise BeginAgain
 
     # --- a batch
 
@@ -154,7 +156,7 @@ class Repairs:
     def again(self, batch: Batch, fault: Exception) -> list[Batch]:
         """The batches to draw in place of one that failed. The fault again, and what was tried, if nothing is left."""
         if isinstance(fault, BeginAgain):
-            return [replace(batch)]
+            return [batch]
         if isinstance(fault, UNetNotFinite) and not batch.finer and self.dtype != torch.float32:
             return list(self._apart(batch, fault))
         if not is_short(fault):
@@ -162,7 +164,7 @@ class Repairs:
         rungs: Rungs = {MemoryError: (lambda: self._halves(len(batch.shots)), self._offload)}
         if self._climb(fault, rungs) is None:
             raise MemoryError("; ".join(["out of memory: ask for a smaller picture", *self.said])) from fault
-        return batch.parts(self.most)
+        return [batch]
 
     def _apart(self, batch: Batch, fault: UNetNotFinite) -> Iterator[Batch]:
         """Neighbours that failed, and those that did not: in float32 and as they were, in their order."""

@@ -362,6 +362,17 @@ def test_what_is_decoded_in_tiles_was_encoded_in_tiles(
     assert [json.loads(image.info["diffusion"])["vae_tiling"] for image in mended] == [64, 64]
 
 
+def test_tiles_that_a_preview_needed_are_those_of_the_picture(tiny: TextToImage, small: dict[str, Any]) -> None:
+    call = small | {"steps": 2, "init_image": Image.new("RGB", (80, 64), "red")}
+    asked = tiny(PROMPT, vae_tiling=64, **call)
+    hook = fails(tiny.model.vae.decoder.conv_in, lambda x: x.shape[-1] * 2 > 64, SHORT[1])
+    with failing(hook), pytest.warns(Repaired):
+        seen = [(step.index, step.preview(exact=True), step.images) for step in tiny.stream(PROMPT, **call)]
+    assert [index for index, *_ in seen] == [1, 1, 2], "it had been encoded whole"
+    assert seen[-1][2] is not None
+    assert seen[-1][2][0].tobytes() == asked[0].tobytes()
+
+
 def test_each_picture_says_how_it_was_decoded(tiny: TextToImage, small: dict[str, Any]) -> None:
     calls = []
 
