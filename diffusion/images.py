@@ -6,6 +6,7 @@ or a template gets the next free name. ``Image.info`` carries three texts, which
 picture again, and an XMP packet that marks the picture as generated.
 """
 
+import io
 import json
 import os
 import re
@@ -208,6 +209,8 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[dict[str, str], tuple[int,
             # what is behind the pixels, where some programs write, is found by reading them
             kept: Mapping[Any, Any] = image.info if TEXTS[0] in image.info else image.text
             return {key: text for key, text in kept.items() if isinstance(text, str)}, image.size
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
@@ -290,10 +293,12 @@ def _place(staged: Path, output: Output, seed: int, slug: str) -> Path:
 def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str], **options: Any) -> None:
     """Write a picture, or with Pillow's ``options`` an animation, with its texts, where its format has them.
 
-    A GIF has a comment: of the texts it carries ``parameters``.
+    A GIF has a comment: of the texts it carries ``parameters``, and the XMP.
     """
     if format == "GIF":
-        image.save(stream, format, comment=texts.get("parameters", ""), **options)
+        written = io.BytesIO()
+        image.save(written, format, comment=texts.get("parameters", ""), **options)
+        stream.write(_with_xmp(written.getvalue(), texts[XMP]) if XMP in texts else written.getvalue())
         return
     if format == "PNG":
         info = PngInfo()
@@ -308,6 +313,17 @@ def encode(image: Image.Image, stream: Any, format: str, texts: Mapping[str, str
     if "diffusion" in texts:
         exif[IMAGE_DESCRIPTION] = texts["diffusion"]
     image.convert("RGB").save(stream, format, quality=95, exif=exif, xmp=texts.get(XMP, "").encode(), **options)
+
+
+def _with_xmp(gif: bytes, packet: str) -> bytes:
+    """A GIF with an XMP packet, which Pillow does not write (XMP specification part 3, 1.1.2).
+
+    It is an extension behind the header and the colour table. The packet is not in blocks: whoever reads it as such is
+    led to its end from wherever a block of it ends, by bytes that count down.
+    """
+    table = 3 << (gif[10] & 7) + 1 if gif[10] & 0x80 else 0
+    trailer = bytes([1, *range(255, -1, -1), 0])
+    return gif[: 13 + table] + b"\x21\xff\x0bXMP DataXMP" + packet.encode() + trailer + gif[13 + table :]
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:

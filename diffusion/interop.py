@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.models import adapters, original
 from diffusion.models.clip_tokenizer import LENGTH, clip_tokenizer
 from diffusion.models.folder import TEXT_MODELS, Forward, Model, Recipe, check_channels, read_recipe
-from diffusion.models.stock import CLIPTokenizer
+from diffusion.models.stock import CLIPTokenizer, no_bar
 from diffusion.models.text import load_tokenizer
 from diffusion.places import base_of
 
@@ -118,7 +118,7 @@ def outline_model(path: str | Path, prediction: str | None = None) -> Model:
     if base is not None:
         model = outline_model(base, prediction)
         adapters.apply(model, path)
-        model.path, model.recipe, model.adapters = path, read_recipe(path), {}
+        model.path, model.recipe, model.adapters, model.reports = path, read_recipe(path), {}, {}
         return model
     model = _outlined_file(path, prediction) if path.is_file() else _outlined_folder(path, prediction)
     check_channels(model, path)
@@ -250,7 +250,8 @@ def _filled(network: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any
     """A network of the outline with its weights."""
     weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
     if isinstance(network, TEXT_MODELS):  # it has a buffer that no file holds
-        return type(network).from_pretrained(None, config=network.config, state_dict=weights, dtype=dtype).eval()
+        with no_bar():
+            return type(network).from_pretrained(None, config=network.config, state_dict=weights, dtype=dtype).eval()
     network.load_state_dict(weights, assign=True)
     return network.eval()
 

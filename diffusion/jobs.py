@@ -96,6 +96,8 @@ def read_jobs(path: str | Path) -> list[Row]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list of prompts ({error})") from None
     try:

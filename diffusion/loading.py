@@ -78,7 +78,7 @@ def compile_network(model: Model) -> None:
 def offload(model: Model, control: torch.nn.Module | None, device: torch.device) -> None:
     """Keep on the device only the network that is at work, a ControlNet's too. ValueError where that gains nothing."""
     if device.type == "cpu":
-        raise ValueError("offload keeps networks out of a GPU's memory, and this is the CPU: leave it out")
+        raise ValueError("offload moves networks to a GPU and back, and the device is the CPU: leave it out")
     if model.compiled is not None:
         raise ValueError("offload moves networks, and a compiled one stays where it is: leave out offload or compile")
     from diffusion.models.offload import Offload

@@ -12,11 +12,12 @@ import gradio as gr
 from PIL import Image, ImageChops
 
 from diffusion import canvas
-from diffusion.cli.generate import reason
+from diffusion.cli.voice import reason
 from diffusion.images import read_metadata
 from diffusion.names import SAMPLERS, SCHEDULES
 from diffusion.parameters import parse_parameters
-from diffusion.studio import Form, Seen, Studio
+from diffusion.pixels import read_size
+from diffusion.studio import Form, Seen, Studio, troubles
 from diffusion.values import Source
 
 FIELDS = tuple(item.name for item in fields(Form) if item.name not in ("init_image", "mask"))
@@ -26,8 +27,10 @@ FONTS = {
     "font_mono": [gr.themes.Font("ui-monospace"), "monospace"],
 }
 HIDDEN = ("Model hash", "RNG", "Version")  # of the facts of a picture, what says nothing to look at
+WIDE = 24  # letters of a fact that has a line of its own
 CANVAS = 512  # pixels of the empty editor
 PAINT = "#4f46e5"  # only how opaque it is counts
+BLANK = Image.new("RGB", (8, 8), "#cbd5e1")  # on the shelf, of a file that is no picture
 
 Updates = dict[Any, Any]
 
@@ -83,14 +86,16 @@ class Page:
     def _ask(self, own: Form) -> None:
         """The fields, and the buttons that draw and stop."""
         made: dict[str, Any] = {
-            "prompt": gr.Textbox("", label="Prompt", placeholder="a red apple", lines=2, autofocus=True),
-            "negative_prompt": gr.Textbox("", label="Negative prompt", lines=1, placeholder="what to keep away from"),
+            "prompt": gr.Textbox(
+                "", label="Prompt", placeholder="a red apple", max_lines=4, autofocus=True, elem_id="prompt"
+            ),
+            "negative_prompt": gr.Textbox("", label="Negative prompt", placeholder="what to keep away from"),
         }
         with gr.Row():
             self.go = gr.Button("Draw", variant="primary", scale=3, min_width=90)
             self.stop = gr.Button("Stop", scale=1, min_width=60)
         with gr.Row(elem_id="seed-row"):
-            made["seed"] = gr.Textbox("", label="Seed", placeholder="random", max_lines=1, scale=4, min_width=130)
+            made["seed"] = gr.Textbox("", label="Seed", placeholder="random", max_lines=1, scale=4, min_width=110)
             self.random = gr.Button("Random", size="sm", scale=1, min_width=70)
             self.reuse = gr.Button("Reuse last", size="sm", scale=1, min_width=84)
         with gr.Row():
@@ -102,7 +107,7 @@ class Page:
         with gr.Row():
             made["width"] = gr.Number(own.width, label="Width", step=8, min_width=70)
             made["height"] = gr.Number(own.height, label="Height", step=8, min_width=70)
-            made["num_images"] = gr.Number(1, label="Pictures", minimum=1, min_width=70)
+            made["num_images"] = gr.Number(1, label="Pictures", min_width=70)
         with gr.Row():
             made["sampler"] = gr.Dropdown(_choices(SAMPLERS), value=own.sampler, label="Sampler", min_width=100)
             made["schedule"] = gr.Dropdown(_choices(SCHEDULES), value=own.schedule, label="Schedule", min_width=100)
@@ -119,7 +124,6 @@ class Page:
                     height=404,
                     buttons=["download", "fullscreen"],
                     elem_id="picture",
-                    placeholder="What you ask for appears here, from the first step on.",
                 )
             with gr.Tab("Begin from a picture", id="beginning"):
                 self.editor = gr.ImageEditor(
@@ -134,21 +138,18 @@ class Page:
                     brush=gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed"),
                     format="png",
                     image_mode="RGBA",
-                    placeholder="Drop a picture here\nThen paint over what is to be drawn anew, or leave it as it is",
+                    placeholder="Drop a picture here\nand paint over what is to change",
                     buttons=[],
                     elem_id="editor",
                 )
                 self.fields["strength"] = gr.Textbox(
-                    "",
-                    label="Strength",
-                    placeholder="how much of it is drawn anew, up to 1 (0.75; with paint on it 1)",
-                    max_lines=1,
+                    "", label="Strength", placeholder="how much is drawn anew: 0.75, with paint 1", max_lines=1
                 )
         self.status = gr.HTML(_note("Ready."), elem_id="status")
         self.command = gr.Textbox(
             label="The command line that draws this again",
             lines=3,
-            max_lines=3,
+            max_lines=4,
             interactive=False,
             elem_id="command",
         )
@@ -179,10 +180,12 @@ class Page:
         looked = [self.picture, self.facts, self.command, self.shown]
         drawn = [self.picture, self.status, self.gallery, self.listed, self.tabs, self.facts, self.command, self.shown]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([self.go.click, self.fields["prompt"].submit], self._draw, asked, drawn, **quiet)
+        typed = [field.submit for field in self.fields.values() if not isinstance(field, gr.Dropdown)]  # Enter
+        gr.on([self.go.click, *typed], self._draw, asked, drawn, **quiet)
+        gr.on([self.go.click, *typed], None, js=LOOK, **quiet)
         self.stop.click(self._stop, None, None, queue=False, **quiet)
         self.blocks.unload(self._stop)
-        self.copy.click(None, self.command, None, js="line => navigator.clipboard.writeText(line)", **quiet)
+        self.copy.click(_copied, self.command, self.status, js=COPY, **quiet)
         self.random.click(lambda: "", None, self.fields["seed"], **quiet)
         self.reuse.click(self._reuse, self.shown, [self.fields["seed"], self.status], **quiet)
         self.gallery.select(self._look, self.listed, looked, **quiet)
@@ -199,24 +202,44 @@ class Page:
         try:
             form = _form(filled)
             for seen in self.studio.draw(form, lambda: session in self.stops):
-                yield {self.picture: gr.Image(seen.looks, alt_text=form.prompt), self.status: _progress(seen)}
+                looks = {} if seen.looks is None else {self.picture: gr.Image(seen.looks, alt_text=form.prompt)}
+                yield looks | {self.status: _progress(seen)}
             yield self._done(seen, stopped=session in self.stops)
         except Exception as error:  # told in the page: no request may end it
-            yield {self.status: _wrong(error)}
+            yield {self.status: _wrong(error)} | self._browse()
 
     def _done(self, seen: Seen | None, *, stopped: bool) -> Updates:
         """What is to be seen after a drawing: its first picture, if there is one, and all of them on the shelf."""
         files = [] if seen is None else seen.files
         what = ", ".join([str(path) for path in files[:1]] + ([f"and {len(files) - 1} more"] if len(files) > 1 else []))
         note = f"Stopped: {what or 'no picture'}" if stopped else f"Done: {what}"
-        return {self.status: _note(note)} | self._browse() | (self._picture(files[0], len(files) == 1) if files else {})
+        repairs = dict.fromkeys(text for path in files for text in troubles(path)["Repaired"])
+        looks = self._picture(files[0], len(files) == 1) if files else {}
+        return {self.status: _note("; ".join([note, *repairs]))} | self._browse() | looks
 
     def _browse(self) -> Updates:
         paths = self.studio.pictures(SHELF)
-        return {self.gallery: [(str(path), path.stem) for path in paths], self.listed: paths}
+        return {self.gallery: [(self._thumbnail(path), path.stem) for path in paths], self.listed: paths}
+
+    def _thumbnail(self, path: Path) -> str | Image.Image:
+        """What the shelf shows of a file; of one that is no picture an empty square."""
+        try:
+            read_size(path)
+            return self._served(path)
+        except (OSError, ValueError):
+            return BLANK
+
+    def _served(self, path: Path) -> str:
+        """Where the page fetches a picture: a copy, for a folder that gradio may read it lets out with all it holds."""
+        return str(self.picture.move_resource_to_block_cache(path))
 
     def _look(self, listed: Sequence[Path], event: gr.SelectData) -> Updates:
-        return self._picture(listed[event.index])
+        path = listed[event.index]
+        try:
+            canvas.read(path)  # to its last pixel: a browser shows what there is of half a file, and says nothing
+            return self._picture(path)
+        except Exception as error:  # whatever lies in the folder, the others can be looked at
+            return {self.picture: None, self.facts: _wrong(error), self.command: "", self.shown: None}
 
     def _picture(self, path: Path, alone: bool = True) -> Updates:
         """A picture with what is known of it; several that were drawn together are looked at as one sheet already."""
@@ -224,7 +247,7 @@ class Page:
             command = self.studio.command(path)
         except ValueError as error:
             command = f"# {error}"
-        looks = {self.picture: gr.Image(str(path), alt_text=path.stem)} if alone else {}
+        looks = {self.picture: gr.Image(self._served(path), alt_text=path.stem)} if alone else {}
         return looks | {self.facts: _facts(path), self.command: command, self.shown: path}
 
     def _stop(self, request: gr.Request) -> None:
@@ -307,6 +330,10 @@ def _wrong(error: Exception) -> str:
     return f'<p role="alert">{html.escape(" ".join(line.split()))}</p>'
 
 
+def _copied(line: str) -> str:
+    return _note("The command line is copied." if line else "There is no command line yet: draw a picture.")
+
+
 def _progress(seen: Seen) -> str:
     return (
         f'<label>step {seen.done} of {seen.total}<progress value="{seen.done}" max="{seen.total}"></progress></label>'
@@ -321,10 +348,25 @@ def _facts(path: Path) -> str:
     found = parse_parameters(text)
     title, negative = found.pop("prompt"), found.pop("negative_prompt")
     rows = ({"Negative prompt": negative} if negative else {}) | {k: v for k, v in found.items() if k not in HIDDEN}
-    pairs = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in rows.items())
+    rows |= {name: "; ".join(texts) for name, texts in troubles(path).items() if texts}
+    pairs = "".join(_pair(name, text) for name, text in rows.items())
     return f"<h2>{html.escape(title)}</h2><dl>{pairs}</dl><p>{html.escape(path.name)}</p>"
 
 
+def _pair(name: str, text: str) -> str:
+    wide = ' class="wide"' if len(text) > WIDE else ""
+    return f"<div{wide}><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
+
+
+# On a narrow page what is drawn is far below the button.
+LOOK = """() => document.getElementById("drawn").scrollIntoView({ behavior: "smooth", block: "nearest" })"""
+# Browsers have a clipboard for pages of this machine, or of https; for others there is what came before it.
+COPY = """line => {
+    if (navigator.clipboard) { navigator.clipboard.writeText(line); return line; }
+    const box = document.body.appendChild(Object.assign(document.createElement("textarea"), { value: line }));
+    box.select(); document.execCommand("copy"); box.remove();
+    return line;
+}"""
 STYLE = """
 .gradio-container .main { padding: clamp(8px, 2vw, 28px) !important; max-width: 1520px; margin: 0 auto; }
 .gradio-container main { padding: 0 !important; }
@@ -333,13 +375,14 @@ STYLE = """
 #title p { margin: 0; color: var(--body-text-color-subdued); }
 #desk { align-items: flex-start; }
 #seed-row { align-items: flex-end; } #seed-row button { height: 37px; margin-bottom: 10px; font-weight: 400; }
+#prompt textarea { min-height: 54px; }
 #picture img { width: 100%; height: 100%; object-fit: contain; }
 #status { min-height: 30px; }
 #status p, #status label { display: flex; align-items: center; gap: 12px; margin: 4px 2px; min-height: 22px;
   font-variant-numeric: tabular-nums; }
 #status [data-testid=status-tracker] { display: none; }
 #status progress { flex: 1; height: 6px; accent-color: var(--color-accent); }
-#status [role=alert] { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+#status [role=alert] { color: var(--error-text-color, #b91c1c); font-weight: 600; max-height: 7em; overflow: auto; }
 #command textarea { font: 12px/1.5 var(--font-mono); }
 #gallery .caption-label { display: none; }
 #gallery .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); grid-auto-rows: max-content; gap: 6px;
@@ -347,7 +390,9 @@ STYLE = """
 #gallery .thumbnail-lg { width: 100%; height: auto; min-height: 0; aspect-ratio: 1; }
 #facts h2 { font-size: 15px; font-weight: 600; margin: 4px 2px 6px; overflow-wrap: anywhere; }
 #facts dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px 12px; margin: 0 2px; }
+#facts .wide { grid-column: 1 / -1; }
 #facts dt { font-size: 11px; color: var(--body-text-color-subdued); }
 #facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 #facts p { margin: 6px 2px 0; font-size: 11px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+#facts p[role=alert] { font-size: inherit; color: var(--error-text-color, #b91c1c); }
 """

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion import __version__
+from diffusion.comparison import listed, variants
 from diffusion.images import metadata_texts, sheet_texts
 from diffusion.names import resolve_prediction
 from diffusion.notices import Flagged, tell
 from diffusion.places import Limits, title_of
 from diffusion.safety import Checker, flags
 from diffusion.samplers import seed_noise
-from diffusion.settings import Settings, Shot, listed, variants
+from diffusion.settings import Settings, Shot
 from diffusion.sheets import make_table
 
 if TYPE_CHECKING:  # the libraries of the networks take seconds to import: not before a model is loaded

@@ -74,6 +74,8 @@ def _opened(file: Path, content: bytes | None) -> Iterator[Image.Image]:
     try:
         with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as opened:
             yield opened
+    except FileNotFoundError:
+        raise ValueError(f"{file} is not there") from None
     except UnidentifiedImageError:
         raise ValueError(f"{file}: cannot be read as a picture (none of {', '.join(FORMATS)})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

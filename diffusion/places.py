@@ -41,7 +41,7 @@ def find_model(name: str | Path) -> Path:
             return folder
     if Path(name).is_file():
         return _single_file(Path(name))
-    shipped = sorted({unet.parent.name for shelf in shelves for unet in shelf.glob("*/unet")})
+    shipped = sorted({recipe.parent.name for shelf in shelves for recipe in shelf.glob(f"*/{ADAPTERS}")})
     if Path(name).exists():
         raise ValueError(f"{name} is not a model folder: it has no unet/")
     known = f" (models that are here: {', '.join(shipped)})" if shipped else ""

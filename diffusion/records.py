@@ -118,7 +118,7 @@ def recall(
             "lora_folder": lora_folder,
             "prediction": record.get("prediction") if prediction is None else prediction,
         }
-        settings = Settings(**kept | given | sources)
+        settings = _settled(kept | given | sources, given)
         _check_tags(settings, record, folder, notes)
         where = _model(record, model, notes)
     except ValueError as error:
@@ -166,6 +166,14 @@ def _request(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(prompts, list):
         raise ValueError(f"its prompts are no list: {prompts!r}")
     return {"prompts": tuple(prompts)} | {name: record[name] for name in FIELDS if record.get(name) is not None}
+
+
+def _settled(asked: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """The request. ValueError for one that cannot be met, which does not blame the picture for what is given."""
+    try:
+        return Settings(**asked)
+    except ValueError as error:
+        raise ValueError(f"with what is given, {error}" if given else str(error)) from None
 
 
 def _overruled(asked: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from diffusion.sheets import save_sheet
+
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 620, 240, 62, 24, 28, 12
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
 Points = Sequence[tuple[float, float]]
@@ -48,7 +50,7 @@ def write(folder: Path, facts: Mapping[str, str]) -> Path:
 
 def write_card(model: Path, name: str, recipe: Mapping[str, Any], config: str, samples: Image.Image) -> None:
     """``README.md`` in a model folder, with its samples: what it is, how it was made, how to draw with it."""
-    samples.save(model / "samples.png")
+    save_sheet(samples, model / "samples.png")
     prompts = "\n".join(f"- {prompt}" for prompt in recipe["prompts"])
     asked = f"\nThe pictures, row by row, with seed 0:\n\n{prompts}\n" if prompts else ""
     kind, stock = "A text-to-image model of", "The folder is in the layout of diffusers, whose pipelines read it too."

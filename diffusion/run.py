@@ -26,8 +26,9 @@ from diffusion.config import Config
 from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
+from diffusion.images import sheet_texts
 from diffusion.plan import check_same, learning_rate
-from diffusion.sheets import make_grid
+from diffusion.sheets import make_grid, save_sheet
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = 100  # steps in a row that fp16 may pass over: its scale has then shrunk to nothing
@@ -81,6 +82,7 @@ class Run:
     pictures: int | None  # how many are trained on, where that is known
     probes: dict[str, validation.Probe]
     frozen: str = ""  # the fingerprint of the weights that are not trained, which no checkpoint holds
+    quiet: bool = False  # no bar, and nothing said but warnings
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
@@ -150,12 +152,12 @@ class Run:
                 "set it back, or give the run another name"
             )
 
-    def steps(self, first: int, quiet: bool) -> Iterator[int]:
+    def steps(self, first: int) -> Iterator[int]:
         """The steps to do, with a progress bar; ends early, at a step's end, on SIGTERM or Ctrl-C."""
-        total = self.config.train.steps
+        total, hidden = self.config.train.steps, self.quiet or not self.main
         with (
             _signals(self._interrupt),
-            tqdm(total=total, initial=first, unit="step", disable=quiet, smoothing=0.02) as self.bar,
+            tqdm(total=total, initial=first, unit="step", disable=hidden, smoothing=0.02) as self.bar,
         ):
             for step in range(first, total):
                 yield step
@@ -253,7 +255,10 @@ class Run:
     def _deliver(self, step: int, finished: tasks.Task | None) -> None:
         assert finished is not None, "it is gathered on the first process"
         self._replace("model", finished)
-        self._show(step, make_grid(finished.samples(), columns=8))
+        samples = finished.samples()
+        grid = make_grid(samples, columns=8)
+        grid.info.update(sheet_texts(samples))
+        self._show(step, grid)
 
     def _replace(self, name: str, finished: tasks.Task | None) -> None:
         """Write a model folder aside and put it in its place: whoever reads it finds it whole."""
@@ -269,8 +274,7 @@ class Run:
 
     def _show(self, step: int, grid: Image.Image) -> None:
         """Samples, the model's card and the report."""
-        (self.folder / "samples").mkdir(exist_ok=True)
-        grid.save(self.folder / "samples" / f"step-{step:08d}.png")
+        save_sheet(grid, self.folder / "samples" / f"step-{step:08d}.png")
         recipe = self.folder / "model" / "recipe.json"
         if recipe.is_file():
             facts = json.loads(recipe.read_text(encoding="utf-8"))
@@ -304,7 +308,7 @@ class Run:
                 self._first(lambda: self._replace("best", finished))
         if self.main and (verdict := self.history.verdict()) is not None and not self.warned:
             self.warned = True
-            self.say(verdict)
+            print(verdict, file=sys.stderr)
 
     def _measure(self) -> dict[str, list[float]]:
         module, size = self.task.module, self.config.train.batch_size
@@ -382,8 +386,8 @@ class Run:
         return dict(self.task.module.named_parameters())
 
     def say(self, text: str) -> None:
-        """One line for a person, once."""
-        if self.main:
+        """One line for a person, once, unless nothing is to be said."""
+        if self.main and not self.quiet:
             print(text, file=sys.stderr)
 
 

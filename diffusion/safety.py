@@ -36,6 +36,8 @@ def find_checker(where: str) -> Checker:
     if Path(where).is_dir():
         return _stock(Path(where))
     place, _, name = where.rpartition(":")
+    if (not place or not name) and Path(file := where.removesuffix(":")).is_file():
+        raise ValueError(f"checker {where} names no function: give {file}:function")
     if not place or not name:
         raise ValueError(f"checker {where} is not there: give module:function, file.py:function or a folder")
     module = _module(place)

@@ -3,15 +3,25 @@
 import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from queue import SimpleQueue
+from pathlib import Path, PurePath
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from PIL import Image
 
-from diffusion.images import DEFAULT_FOLDER, FORMATS, atomic, encode, parse_output, refuse_black, save_image, slugify
+from diffusion.images import (
+    DEFAULT_FOLDER,
+    FORMATS,
+    atomic,
+    encode,
+    parse_output,
+    read_metadata,
+    refuse_black,
+    save_image,
+    slugify,
+)
 from diffusion.names import DTYPES
 from diffusion.pipeline import Progress, TextToImage
 from diffusion.places import title_of
@@ -21,6 +31,7 @@ from diffusion.sheets import make_grid
 from diffusion.values import SIDES, Source, read_interval, read_number, read_whole
 
 INPUTS = "inputs"  # in the folder of what is drawn: what was uploaded, in files that a command line can name
+PATIENCE = 0.2  # seconds between two looks at whether a drawing that waits is to be stopped
 SHORT = {long: short for short, long in DTYPES.items()}
 
 
@@ -79,11 +90,11 @@ READ: dict[str, Callable[[str], Any]] = {  # fields that are empty where they sa
 
 @dataclass(frozen=True)
 class Seen:
-    """How far a drawing is: its steps, what it looks like, and the files that it has written."""
+    """How far a drawing is: its steps, what it looks like from the first one on, and the files that it has written."""
 
     done: int
     total: int
-    looks: Image.Image
+    looks: Image.Image | None
     files: Sequence[Path]
 
 
@@ -114,9 +125,19 @@ class Studio:
         """
         seen: SimpleQueue[Seen | None] = SimpleQueue()
         work = self._hand.submit(self._work, form, lambda: self.closed or stopped(), seen.put)
-        while (one := seen.get()) is not None:
+        while (one := self._next(seen, work, stopped)) is not None:
             yield one
-        work.result()
+        if not work.cancelled():
+            work.result()
+
+    def _next(self, seen: "SimpleQueue[Seen | None]", work: Future[None], stopped: Callable[[], bool]) -> Seen | None:
+        """What is to be seen next; None at the end, for what still waits its turn as soon as it is stopped."""
+        while True:
+            try:
+                return seen.get(timeout=PATIENCE)
+            except Empty:
+                if (self.closed or stopped()) and work.cancel():
+                    return None
 
     def _work(self, form: Form, stopped: Callable[[], bool], tell: Callable[[Seen | None], None]) -> None:
         files: list[Path] = []
@@ -124,6 +145,9 @@ class Studio:
             wanted = self._kept(form.wanted().seeded())
             plan = self.model.plan(wanted)
             total, before = plan.full.total_steps * plan.full.count, 0
+            if stopped():
+                return  # while it waited
+            tell(Seen(0, total, None, ()))
             for step in self.model.run(wanted):
                 files += self._saved(step)
                 done = before + step.index * len(step.pictures)
@@ -157,18 +181,25 @@ class Studio:
                 encode(picture, stream, "PNG", {})
         return path
 
+    def close(self, patience: float) -> bool:
+        """End every drawing at its next step; whether they ended within so many seconds."""
+        self.closed = True
+        return bool(wait([self._hand.submit(bool)], patience).done)
+
     # --- what was drawn
 
     def pictures(self, most: int) -> list[Path]:
         """The newest pictures of the folder, the newest first."""
         found = self.output.iterdir() if self.output.is_dir() else ()
         drawn = [path for path in found if path.suffix.lower() in FORMATS and not path.name.startswith(".")]
-        return sorted(drawn, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:most]
+        files = [path for path in drawn if path.is_file()]
+        return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:most]
 
     def recalled(self, path: Path) -> Recalled:
         """What a picture was asked for with, as far as this model draws it. ValueError where nothing says so."""
         record = read_record(path).record
-        named = {name: self.output / INPUTS / str(record[name].get("name")) for name in PICTURES if name in record}
+        kept = {name: record[name] for name in PICTURES if isinstance(record.get(name), Mapping)}
+        named = {name: self.output / INPUTS / PurePath(str(facts.get("name"))).name for name, facts in kept.items()}
         given = {name: str(file) for name, file in named.items() if file.is_file()}
         return recall(path, model=self.name, loras=self.loras, **given)
 
@@ -187,6 +218,13 @@ class Studio:
         machine += [] if self.device is None else flag("device", self.device)
         machine += [] if self.output == Path(DEFAULT_FOLDER) else flag("output", f"{self.output}/")
         return shlex.join(["python", "generate.py", *words(made.settings), *machine])
+
+
+def troubles(path: Path) -> dict[str, list[str]]:
+    """What did not go as it should while a picture was drawn, as far as it says so."""
+    record = read_metadata(path).get("diffusion")
+    ours = record if isinstance(record, dict) else {}  # another program's text under our key is none
+    return {"Repaired": list(ours.get("repairs", ())), "Flagged": [ours["flagged"]] if "flagged" in ours else []}
 
 
 def words(wanted: Settings) -> list[str]:

@@ -30,6 +30,8 @@ PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 def train(config: Config, *, quiet: bool = False) -> Path:
     """Train what the config says, or go on where the run of that name stopped. Returns the model folder.
 
+    What it does is told on stderr, with a bar; with ``quiet`` only what it warns of is.
+
     Killed at any instant and started again, the run ends with the weights of a run that was never stopped: all
     randomness is a function of (seed, sample, visit), and checkpoints are whole or absent.
     """
@@ -44,19 +46,19 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     source = together(lambda: plan.read_source(config), _gather)
     if (note := source.note()) is not None and accelerator.is_main_process:
         print(note, file=sys.stderr)
-    task = together(lambda: _task(config, source, accelerator.device), _gather)
+    task = together(lambda: _task(config, source, accelerator.device, quiet), _gather)
     frozen = checkpoint.fingerprint({n: p for n, p in task.module.named_parameters() if not p.requires_grad})
     feed = plan.feed(config, source, task)
     # what is encoded once, by networks that no process has only a part of yet
     dataset, probes = together(lambda: (task.dataset, _probes(config, source, task)), _gather)
     if config.train.auto_batch:
-        share = _fitting(config, task, accelerator, share)
+        share = _fitting(config, task, accelerator, share, quiet)
     if config.train.compile:
         _compile(task, accelerator, partial(_example_loss, task, accelerator, share.micro_batch))
     module, optimizer = prepare(accelerator, task.module, partial(optimizers.build, train=config.train))
     ema = Ema(task.module, config.train.ema, config.train.ema_every)
     pictures = len(source.pictures) if source.shards is None else None
-    run = Run(config, task, accelerator, _gather, optimizer, ema, feed, pictures, probes, frozen)
+    run = Run(config, task, accelerator, _gather, optimizer, ema, feed, pictures, probes, frozen, quiet)
     first = run.resume()
     run.say(f"{plan.portions(share)}; steps {first:,} to {config.train.steps:,} of {config.name}")
     if config.train.log_with:
@@ -66,7 +68,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     module.train()
     optimizer.train()
 
-    for step in run.steps(first, quiet or not accelerator.is_main_process):
+    for step in run.steps(first):
         # learning rate, in optimizer steps whatever the number of processes
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(config.train, step)
@@ -131,9 +133,9 @@ def _settled(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=_gather(precision)[0]))
 
 
-def _task(config: Config, source: plan.Source, device: torch.device) -> tasks.Task:
+def _task(config: Config, source: plan.Source, device: torch.device, quiet: bool) -> tasks.Task:
     """The task of a run, whose state will fit on the disk."""
-    task = tasks.build(config, source.pictures, device)
+    task = tasks.build(config, source.pictures, device, quiet)
     _, trained, total = plan.state_bytes(task, config.train)
     refuse_full_disk(config, trained, total)
     return task
@@ -151,14 +153,14 @@ def _example_loss(task: tasks.Task, accelerator: Accelerator, count: int) -> Ten
         return task.module(batch).mean()
 
 
-def _fitting(config: Config, task: tasks.Task, accelerator: Accelerator, share: Share) -> Share:
+def _fitting(config: Config, task: tasks.Task, accelerator: Accelerator, share: Share, quiet: bool) -> Share:
     """The same share in the largest micro-batches that fit in memory on every process."""
     reserve = plan.state_bytes(task, config.train)[0]
     loss = partial(_example_loss, task, accelerator)
     most = memory.largest_micro_batch(share.batch_size // share.processes, loss, accelerator.device, reserve)
     task.module.zero_grad(set_to_none=True)
     micro = min(_gather(most))
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not quiet:
         print(f"auto_batch: {micro} pictures at a time of {share.batch_size} a step", file=sys.stderr)
     return dataclasses.replace(share, micro_batch=micro)
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,15 +37,18 @@ sys.addaudithook(watch)
 
 
 @contextmanager
-def served(model: Path | str, output: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a page and its process, which Ctrl-C ends."""
+def served(
+    model: Path | str, output: Path, *flags: str, program: Sequence[str] = ("-m", "diffusion")
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a page and its process, which Ctrl-C ends. Its folder for what is temporary is its own."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(WATCH)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([folder, str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "TMPDIR": folder,  # what gradio shows of itself lies there and in the current folder: ``output`` in neither
             "WATCHED": f"{output}.network",
         }
-        command = [sys.executable, "-m", "diffusion", "ui", "--port", "0", "--model", str(model), "-o", str(output)]
+        command = [sys.executable, *program, "ui", "--port", "0", "--model", str(model), "-o", str(output), *flags]
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which who runs us behind a shell may not have
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
         try:

@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from diffusion import TextToImage
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read once, when transformers is imported
@@ -50,6 +54,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(model, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> "TextToImage":
+    """The tiny model, loaded once for all tests of a file: they leave it as it was."""
+    from diffusion import TextToImage
+
+    return TextToImage.load(tiny_model, "cpu", "fp32")
 
 
 @pytest.fixture(scope="session")

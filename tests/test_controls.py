@@ -1,4 +1,4 @@
-"""Every control of a picture, through Python and the command line: against the stock library or what it says."""
+"""What leads a picture besides its words: noise, levels, guidance, a ControlNet, LoRAs; flags and their page."""
 
 import json
 import re
@@ -9,25 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffusion import TextToImage, drawing, jobs, prompts, samplers
-from diffusion.canvas import Canvas, make_canvas, soften
-from diffusion.images import read_metadata
-from diffusion.models import previews
+from diffusion import TextToImage, drawing, samplers
 from diffusion.models.folder import load_model
-from diffusion.models.networks import decode, to_latents, to_pixels
 from diffusion.parameters import parse_parameters
-from diffusion.repair import Batch, Repairs
 from diffusion.schedules import levels
-from diffusion.settings import Settings
 from families import KINDS, parity, psnr, save, stock
 from test_generate_cli import Command, draw, made  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return TextToImage.load(tiny_model, "cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -48,234 +37,6 @@ def photo(tmp_path):
 
 def latents(model, **given):
     return list(model.stream(PROMPT, **{"seed": 1, "steps": 3} | given))[-1].latents
-
-
-# --- from a picture
-
-
-def test_a_picture_is_drawn_over_as_the_stock_library_does(sd1, tmp_path):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    theirs = StableDiffusionImg2ImgPipeline(**stock(sd1).components)
-    theirs.set_progress_bar_config(disable=True)
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    mean, _ = to_latents(load_model(sd1).vae, to_pixels([image]))
-    picture = theirs(
-        PROMPT,
-        image=mean,
-        strength=0.75,
-        num_inference_steps=8,
-        guidance_scale=5.0,
-        generator=torch.Generator("cpu").manual_seed(3),
-    ).images[0]
-    given = {"seed": 3, "steps": 6, "guidance_scale": 5.0, "init_image": image, "strength": 0.75}
-    assert psnr(TextToImage.load(sd1, "cpu", "fp32")(PROMPT, **given)[0], picture) >= 60
-
-
-@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
-def test_as_many_steps_are_done_as_were_asked_for(draw, photo, strength):  # noqa: F811
-    said = draw(PROMPT, "-i", str(photo[0]), "--strength", str(strength), "--steps", "5", "--json")
-    assert [event["event"] for event in said.events].count("step") == 5
-    path = said.events[-1]["path"]
-    assert (made(path)["strength"], made(path)["steps"]) == (strength, 5)
-    assert Image.open(path).size == (21, 19), "the picture keeps its size, though the model draws in twos"
-    assert parse_parameters(read_metadata(path)["parameters"])["Denoising strength"] == str(strength)
-    assert set(made(path)["init_image"]) == {"name", "sha256"}
-
-
-def test_less_strength_stays_nearer_to_the_picture(tiny):
-    image = Image.new("RGB", (16, 16), "orange")
-    known = to_latents(tiny.model.vae, to_pixels([image]))[0]
-    far = [(latents(tiny, init_image=image, strength=strength) - known).norm() for strength in (0.004, 0.5)]
-    assert far[0] < 0.5 * far[1]
-
-
-def test_a_size_fits_the_picture_without_stretching_it(tiny):
-    image = Image.new("RGB", (40, 20), "white")
-    image.paste("black", (10, 0, 30, 20))
-    assert tiny(PROMPT, init_image=image, seed=1, steps=1, width=20)[0].size == (20, 10)
-    cut = make_canvas(Settings(prompts=("",), init_image=image, width=20, height=20, seed=0), 2)
-    assert cut.pixels[:, 4:16].max() <= 3, "the middle of it, cut and not squeezed"
-
-
-def test_what_the_mask_keeps_stays_to_the_last_bit(draw, photo):  # noqa: F811
-    image, mask = photo
-    said = draw(PROMPT, "-i", str(image), "--mask", str(mask), "--mask-blur", "3", "-s", "2", "-o", "out.png")
-    assert said.code == 0, said.err
-    before, after = np.asarray(Image.open(image)), np.asarray(Image.open(said.paths[0]))
-    assert np.array_equal(before[:, :10], after[:, :10])
-    changed = (before != after).any(axis=2)
-    assert changed[:, 13:].mean() > 0.9, "and the rest is drawn anew"
-    assert made(said.paths[0])["strength"] == 1.0, "wholly"
-
-
-def test_a_soft_edge_fades_inwards_only():
-    mask = Image.new("L", (32, 1), 0)
-    mask.paste(255, (16, 0, 32, 1))
-    soft = np.asarray(soften(mask, 8))[0]
-    assert not soft[:16].any()
-    assert (np.diff(soft[16:].astype(int)) >= 0).all()
-    assert 0 < soft[16] < 64
-    assert soft[-1] == 255
-    assert np.array_equal(np.asarray(soften(mask, 0)), np.asarray(mask))
-
-
-@pytest.mark.parametrize("grey", [64, 128, 255])
-def test_grey_keeps_its_meaning_under_a_soft_edge(grey):
-    mask = Image.new("L", (40, 40), 0)
-    mask.paste(grey, (10, 0, 40, 40))
-    soft = np.asarray(soften(mask, 4))[20]
-    assert not soft[:10].any()
-    assert (soft[15:] == grey).all(), "inside it is what it was"
-    assert 0 < soft[10] < grey / 2
-    assert np.array_equal(np.asarray(soften(Image.new("L", (8, 8), grey), 4)), np.full((8, 8), grey)), (
-        "no edge, no fade"
-    )
-
-
-@pytest.mark.parametrize("side", [1, 2, 24])
-def test_a_small_opening_opens(side):
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (20, 20, 20 + side, 20 + side))
-    mask.paste(255, (50, 0, 64, 64))  # a large one beside it does not close it
-    soft = np.asarray(soften(mask, 32))
-    assert soft[20 : 20 + side, 20 : 20 + side].max() >= 250
-    assert not soft[np.asarray(mask) == 0].any()
-
-
-def test_any_bright_colour_opens_and_a_mask_may_be_of_another_size(tmp_path):
-    image = Image.new("RGB", (16, 8), "navy")
-    for colour in ("red", "blue", "white", (0, 255, 0)):
-        mask = Image.new("RGB", (32, 16), "black")
-        mask.paste(colour, (16, 0, 32, 16))
-        given = {"init_image": image, "mask": mask, "mask_blur": 0, "width": 16, "height": 8, "seed": 0}
-        found = make_canvas(Settings(prompts=("",), **given), 2).mask
-        assert (found[:, 9:] == 255).all()
-        assert not found[:, :7].any()
-
-
-def test_how_softly_a_mask_ends_is_what_was_asked_for(tiny, draw, photo):  # noqa: F811
-    image, mask = photo
-    few = ("-i", str(image), "--mask", str(mask), "-s", "2", "--steps", "1")
-    pictures = {blur: np.asarray(Image.open(draw(PROMPT, *few, "--mask-blur", blur).paths[0])) for blur in ("0", "8")}
-    assert (pictures["0"] != pictures["8"])[:, 10:].any()
-    own = made(draw(PROMPT, *few).paths[0])
-    assert own["mask_blur"] == 4, "what was not said is recorded"
-    (ours,) = tiny(PROMPT, init_image=image, mask=mask, seed=2, steps=1, mask_blur=8)
-    assert np.array_equal(np.asarray(ours), pictures["8"])
-
-
-def test_a_cell_is_as_open_as_its_most_open_pixel():
-    mask = np.zeros((4, 4), np.uint8)
-    mask[0, 1], mask[3, 3] = 255, 51
-    cells = Canvas(np.zeros((4, 4, 3), np.uint8), mask, (4, 4)).cells(2)
-    assert np.allclose(cells, [[1, 0], [0, 0.2]])
-
-
-def test_what_is_beyond_a_picture_begins_as_its_edge(tiny, photo):
-    given = {"init_image": photo[0], "extend": (4, 0, 0, 3), "mask_blur": 0}
-    board = make_canvas(Settings(prompts=("",), **given, width=25, height=22, seed=0), 2)
-    inside = np.asarray(Image.open(photo[0]))
-    assert np.array_equal(board.pixels[:22, :25], np.pad(inside, ((0, 3), (4, 0), (0, 0)), mode="edge"))
-    assert (board.mask[:19, :4] == 255).all()
-    assert not board.mask[:19, 4:25].any()
-    (ours,) = tiny(PROMPT, init_image=photo[0], extend=(4, 0, 0, 3), seed=1, steps=1)
-    assert np.array_equal(np.asarray(ours)[:19, 4:], inside)
-
-
-def test_the_part_that_is_kept_leads_the_part_that_is_drawn(tiny, monkeypatch):
-    """The network sees what is known at every level, and not its own idea of it."""
-    image = Image.new("RGB", (16, 16), "navy")
-    mask = Image.new("L", (16, 16), 0)
-    mask.paste(255, (8, 0, 16, 16))
-    known = to_latents(tiny.model.vae, to_pixels([image]))[0]
-    noise = tiny.first_noise([1], 16, 16)
-    grid = levels(tiny.model.schedule, 3)
-    for step, level in zip(tiny.stream(PROMPT, init_image=image, mask=mask, seed=1, steps=3), grid[1:], strict=True):
-        wanted = level.alpha * known + level.sigma * noise
-        assert torch.allclose(step.latents[..., :4], wanted[..., :4], atol=1e-4)
-        assert not torch.allclose(step.latents[..., 4:], wanted[..., 4:], atol=1e-2)
-
-
-def test_a_picture_is_extended_around_itself(draw, photo):  # noqa: F811
-    said = draw(PROMPT, "-i", str(photo[0]), "--extend", "left=6,bottom=5", "-s", "2", "-o", "out.png")
-    assert said.code == 0, said.err
-    before, after = np.asarray(Image.open(photo[0])), np.asarray(Image.open(said.paths[0]))
-    assert after.shape == (24, 27, 3)
-    assert np.array_equal(before, after[:19, 6:])
-    assert after[19:].std() > 0
-
-
-def test_hires_draws_twice_and_ends_larger(draw):  # noqa: F811
-    said = draw(PROMPT, "--hires", "1.5", "--hires-strength", "0.4", "--steps", "3", "-s", "1", "--json")
-    assert [event["index"] for event in said.events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    path = said.events[-1]["path"]
-    assert Image.open(path).size == (24, 24)
-    small = Image.open(draw(PROMPT, "--steps", "3", "-s", "1").paths[0]).resize((24, 24), Image.Resampling.LANCZOS)
-    other = Image.open(draw(PROMPT, "--size", "24x24", "--steps", "3", "-s", "1").paths[0])
-    assert psnr(Image.open(path), small) > psnr(other, small), "it is the small picture, drawn over"
-    shown = parse_parameters(read_metadata(path)["parameters"])
-    assert (shown["Hires upscale"], shown["Denoising strength"], shown["Size"]) == ("1.5", "0.4", "16x16")
-
-
-def test_hires_of_an_odd_picture_is_so_many_times_as_large(tiny, draw, photo):  # noqa: F811
-    smooth = Image.open(photo[0]).resize((101, 77), Image.Resampling.BICUBIC)
-    (ours,) = tiny(PROMPT, init_image=smooth, strength=0.004, hires=2, hires_strength=0.004, seed=1, steps=1)
-    assert ours.size == (202, 154)
-    said = draw(PROMPT, "-i", str(photo[0]), "--hires", "1.5", "--steps", "2", "-s", "1", "--film", "f.png")
-    assert said.code == 0, said.err
-    assert Image.open(said.paths[0]).size == (32, 28)
-    assert Image.open("f.png").size == (5 * 32, 28), "and all of the film is"
-    draw(PROMPT, "-i", str(photo[0]), "--steps", "2", "-s", "1", "--film", "f.gif", "--preview", "now.png")
-    with Image.open("f.gif") as film:
-        assert (film.size, Image.open("now.png").size) == ((21, 19), (21, 19))
-
-
-def test_hires_begins_where_the_picture_is(tiny):
-    """What is drawn again lies where it lay: the enlarged picture is cut from its padded canvas, and not squeezed."""
-    image = Image.new("RGB", (21, 19), "white")
-    image.paste("black", (10, 0, 21, 19))
-    drawing_ = tiny.plan(Settings(prompts=("",), init_image=image, hires=2, seed=1, steps=1))
-    latent = to_latents(tiny.model.vae, to_pixels([Image.fromarray(drawing_.board.pixels)]))[0]
-    small = decode(tiny.model.vae, latent)[0].crop((0, 0, 21, 19))
-    batch = Batch(shots=drawing_.full.shots())
-    (board,) = drawing_._boards(batch, drawing_.descents[1], latent, Repairs(model=tiny.model))
-    assert board.size == (42, 38)
-    large = np.asarray(small.resize((42, 38), Image.Resampling.LANCZOS))
-    assert np.array_equal(board.pixels[:38, :42], large)
-
-
-def test_how_much_is_drawn_again_and_by_which_noise(tiny, monkeypatch):
-    given = {"hires": 2, "sampler": "euler_ancestral", "steps": 2}
-    drawn = [latents(tiny, **given, hires_strength=share) for share in (0.2, 0.9)]
-    assert not torch.equal(*drawn)
-    assert torch.equal(latents(tiny, **given), latents(tiny, **given, hires_strength=0.5))
-    plain, purposes = drawing.rng.normal, []
-
-    def normal(seed, purpose, *ids, shape):
-        purposes.append((purpose, shape[-1]))
-        return plain(seed, purpose, *ids, shape=shape)
-
-    monkeypatch.setattr(drawing.rng, "normal", normal)
-    latents(tiny, **given)
-    assert purposes == [("sampler", 8)] * 2 + [("sampler.hires", 16)] * 2
-
-
-def test_sdxl_is_told_the_size_of_what_it_draws(tmp_path, monkeypatch):
-    xl = TextToImage.load(save("sdxl", tmp_path / "sdxl"), "cpu", "fp32")
-    told, plain = [], xl.model.unet.forward
-
-    def forward(*args, added_cond_kwargs, **given):
-        told.append(added_cond_kwargs["time_ids"][0].tolist())
-        return plain(*args, added_cond_kwargs=added_cond_kwargs, **given)
-
-    monkeypatch.setattr(xl.model.unet, "forward", forward)
-    xl(PROMPT, seed=1, steps=1, width=32, height=24, hires=2)
-    assert [told[0], told[-1]] == [[24, 32, 0, 0, 24, 32], [48, 64, 0, 0, 48, 64]]
-
-
-def test_layers_of_the_text_encoder_are_skipped(tiny):
-    assert not torch.equal(latents(tiny), latents(tiny, clip_skip=2))
 
 
 # --- which noise
@@ -332,25 +93,6 @@ def test_noise_on_the_way_is_noise(tiny):
     half = samplers.rotate(one, other, 0.5)
     assert torch.allclose(half, samplers.rotate(other, one, 0.5), atol=1e-5)
     assert torch.equal(samplers.rotate(one, one, 0.5), one), "nowhere to go"
-
-
-def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):  # noqa: F811
-    words = (PROMPT, "-s", "1", "--to-prompt", "blue boat", "--to-seed", "5", "--steps", "2")
-    said = draw(*words, "--frames", "3", "-o", "f/")
-    assert said.code == 0, said.err
-    assert [made(path)["share"] for path in said.paths] == [0, 0.5, 1]
-    ends = [tiny(PROMPT, seed=1, steps=2)[0], tiny("blue boat", seed=5, steps=2)[0]]
-    assert [Image.open(path).tobytes() for path in (said.paths[0], said.paths[2])] == [one.tobytes() for one in ends]
-    alone = draw(*words, "--share", "0.5")
-    assert Image.open(alone.paths[0]).tobytes() == Image.open(said.paths[1]).tobytes()
-    here = tiny(PROMPT, seed=1, to_prompt="blue boat", to_seed=5, steps=2, frames=3)
-    assert [image.tobytes() for image in here] == [Image.open(path).tobytes() for path in said.paths]
-    (half,) = tiny(PROMPT, seed=1, to_prompt="blue boat", to_seed=5, steps=2, share=0.5)
-    assert half.tobytes() == here[1].tobytes()
-    film = draw(*words, "--frames", "3", "-o", "way.gif")
-    assert film.out == "way.gif\n"
-    with Image.open("way.gif") as opened:
-        assert opened.n_frames == 3
 
 
 # --- how
@@ -427,6 +169,10 @@ def test_long_prompts_are_read_in_chunks_where_that_is_asked_for(tiny, draw):  #
     assert mixed[0].tobytes() == tiny(PROMPT, seed=1, steps=2)[0].tobytes(), "beside a longer prompt nothing changes"
 
 
+def test_layers_of_the_text_encoder_are_skipped(tiny):
+    assert not torch.equal(latents(tiny), latents(tiny, clip_skip=2))
+
+
 # --- ControlNet
 
 
@@ -496,149 +242,7 @@ def test_a_controlnet_leads_from_the_command_line(draw, net, tmp_path):  # noqa:
         assert made(said.paths[0])["control_scale"] == float(scale)
 
 
-def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
-    image, mask = (str(path) for path in photo)
-    for words, message in [
-        (["--mask", mask], "mask needs a picture"),
-        (["--strength", "0.5"], "strength needs a picture"),
-        (["-i", image, "--strength", "0"], "would change nothing"),
-        (["-i", image, "--strength", "1.5"], "strength must be 0 to 1"),
-        (["-i", image, "--strength", "0.001", "--steps", "20"], "more than this model's 1000"),
-        (["-i", "nowhere.png"], ": nowhere.png is not there\n"),
-        (["-i", __file__], "cannot be read as a picture"),
-        (["-i", image, "--mask", mask, "--hires", "2"], "hires and mask exclude each other"),
-        (["--hires", "1"], "above 1"),
-        (["--extend", "left=4"], "extend needs a picture"),
-        (["-i", image, "--extend", "up=4"], "is not like left=64"),
-        (["--tile", "z"], "none of x, y and xy"),
-        (["--clip-skip", "3"], "this text encoder has 2 layers"),
-        (["--clip-skip", "0"], "clip_skip must be at least 1"),
-        (["--sigmas", "1,2"], "numbers that fall"),
-        (["--sigmas", "1,x"], "'x' is not a number"),
-        (["--sigmas", "5,1", "--steps", "3"], "leave those out"),
-        (["--sigmas", "5,0.00001"], "outside of this model's"),
-        (["--guidance-interval", "5,1"], "low, high; None"),
-        (["--guidance-interval", "5"], "LOW,HIGH"),
-        (["--variation-seed", "1"], "give variation_strength"),
-        (["--frames", "4"], "needs somewhere to go"),
-        (["--to-prompt", "x"], "give frames"),
-        (["--to-prompt", "x", "--frames", "4", "--num-images", "2"], "exclude"),
-        (["--control-image", image], "belong together"),
-        (["--compare", "stpes=1,2"], "is not FIELD=VALUE"),
-        (["--compare", "steps=1,2", "cfg=1", "seed=1,2"], "one or two"),
-        (["--compare", "steps=1,x"], "'x' is not a whole number"),
-        (["--film", "x.gif", "--num-images", "2"], "one picture comes about, and 2"),
-        (["--film", "x.mp4"], "must end in"),
-        (["--grid", "x.gif"], "must end in"),
-        (["(a:nan)"], "no finite number"),
-        (["<lora:nowhere:1>"], "'nowhere', which is not in loras/"),
-        (["-n", "<lora:x>"], "belongs into the prompt"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
-    ]:
-        said = draw("a", *words)
-        assert (said.code, said.out) == (2, ""), (words, said.err)
-        assert said.err.count("\n") == 1, (words, said.err)
-        assert message in said.err, (words, said.err)
-
-
-# --- what it looks like on the way, and side by side
-
-
-def test_a_film_a_sheet_and_a_preview_are_written(draw):  # noqa: F811
-    said = draw(PROMPT, "-s", "1", "--steps", "4", "--film", "film.gif", "--preview", "now.png", "-o", "x.png")
-    assert said.code == 0, said.err
-    assert [str(path) for path in said.paths] == ["x.png", "film.gif"]
-    with Image.open("film.gif") as film:
-        assert film.n_frames == 5
-        assert film.size == (16, 16)
-    assert Image.open("now.png").size == (16, 16)
-    draw(PROMPT, "-s", "1", "--steps", "4", "--film", "film.png", "-o", "y.png")
-    strip = Image.open("film.png")
-    assert strip.size == (5 * 16, 16)
-    assert strip.crop((64, 0, 80, 16)).tobytes() == Image.open("y.png").tobytes()
-    draw(PROMPT, "blue boat", "-s", "1", "--num-images", "2", "--steps", "1", "--grid", "grid.png", "-o", "some/")
-    assert Image.open("grid.png").size == (32, 32)
-    grid = np.asarray(Image.open("grid.png"))
-    files = sorted(Path("some").iterdir())
-    assert len(files) == 4
-    assert all(holds(grid, np.asarray(Image.open(path))) for path in files), "each of them is on it"
-
-
-def test_a_preview_is_of_the_estimate(tiny):
-    first = next(tiny.stream(PROMPT, seed=1, steps=4))
-    shown = first.preview()[0].tobytes()
-    look = Repairs(model=tiny.model).preview
-    assert shown == look(first.denoised, exact=False)[0].tobytes()
-    assert shown != look(first.latents, exact=False)[0].tobytes()
-
-
-def test_a_preview_has_the_colours_of_the_picture():
-    """On the shipped model: a linear function of its latents, against its decoder."""
-    model = TextToImage.load("emoji", "cpu")
-    assert model.model.recipe.latent_rgb is not None, "the recipe carries it"
-    last = list(model.stream("red apple", seed=1, steps=4))[-1]
-    cheap, exact = (np.asarray(last.preview(exact=exact)[0].resize((16, 16), Image.Resampling.BOX)) for exact in (0, 1))
-    assert np.corrcoef(cheap.ravel(), exact.ravel())[0, 1] > 0.95
-    assert np.abs(cheap.astype(int) - exact).mean() < 20
-
-
-def test_a_model_without_a_fit_gets_one(tiny):
-    matrix = np.array(previews.fit(tiny.model.vae))
-    assert matrix.shape == (5, 3)
-    assert np.array_equal(matrix, previews.fit(tiny.model.vae)), "the same each time"
-
-
-def test_comparing_draws_each_with_the_same_noise(draw, tiny):  # noqa: F811
-    said = draw(PROMPT, "-s", "1", "--compare", "steps=1,2", "cfg=1,5", "-o", "sheet.png")
-    assert said.code == 0, said.err
-    assert said.out == "sheet.png\n"
-    sheet = np.asarray(Image.open("sheet.png"))
-    for steps, guidance in ((1, 1.0), (2, 1.0), (1, 5.0), (2, 5.0)):
-        (cell,) = tiny(PROMPT, seed=1, steps=steps, guidance_scale=guidance)
-        assert holds(sheet, np.asarray(cell)), (steps, guidance)
-    record = json.loads(Image.open("sheet.png").info["diffusion"])
-    assert record["seed"] == 1
-    assert record["compare"] == {"steps": [1, 2], "cfg": [1, 5]}
-    assert not {"steps", "guidance_scale"} & record.keys(), "what differs is not told as if it were the same"
-    other = tiny.compare(PROMPT, {"steps": [1, 2], "cfg": [1.0, 5.0]}, seed=1)
-    assert np.array_equal(np.asarray(other), sheet)
-    assert json.loads(other.info["diffusion"])["compare"] == {"steps": [1, 2], "cfg": [1, 5]}
-    after = draw("--compare", "sampler=ddim,DPM++ 2M", "--", "blue boat")
-    assert after.code == 0, after.err
-
-
-def holds(sheet, cell):
-    """Whether a sheet shows a picture somewhere, pixel by pixel."""
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, cell.shape)[:, :, 0]
-    return bool((windows == cell).all(axis=(2, 3, 4)).any())
-
-
-# --- lists of prompts, and LoRAs in prompts
-
-
-def test_lists_of_prompts_draw_their_choices(draw, tmp_path):  # noqa: F811
-    (tmp_path / "wildcards").mkdir()
-    (tmp_path / "wildcards/thing.txt").write_text("boat\ncat\n")
-    (tmp_path / "list.txt").write_text("# a list\n{red|blue} __thing__\n\ngreen {apple|house}\n")
-    found = set()
-    for seed in range(6):
-        said = draw("--prompts", "list.txt", "-s", str(seed), "--steps", "1")
-        assert said.code == 0, said.err
-        first, second = (made(path)["prompt"] for path in said.paths)
-        assert first.split()[0] in ("red", "blue")
-        assert first.split()[1] in ("boat", "cat")
-        found.add(first)
-        assert second in ("green apple", "green house")
-    assert len(found) > 1
-    (tmp_path / "wildcards").rename(tmp_path / "words")
-    assert draw("--prompts", "list.txt", "-s", "5", "--steps", "1").code == 2
-    named = draw("--prompts", "list.txt", "-s", "5", "--steps", "1", "--wildcards", "words")
-    assert made(named.paths[0])["prompt"] == first
-    rows = jobs.choose(jobs.read_jobs("list.txt"), 5, prompts.read_wildcards(Path("words")))
-    assert rows[0].fields["prompt"] == first
-    (tmp_path / "words").rename(tmp_path / "wildcards")
-    again = draw("--prompts", "list.txt", "-s", "5", "--steps", "1")
-    assert made(again.paths[0])["prompt"] == first
+# --- LoRAs in prompts
 
 
 @pytest.fixture
@@ -685,11 +289,59 @@ def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):  # noqa: F811
     assert Image.open(both.paths[2]).tobytes() not in pictures
 
 
+# --- all of it
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("family", KINDS)
 def test_the_pictures_of_the_families_are_the_stock_librarys(tmp_path, family, sampler):
     """(`python tests/families.py` prints the figures.)"""
     assert parity(save(family, tmp_path / family), sampler, steps=8) >= 60
+
+
+def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
+    image, mask = (str(path) for path in photo)
+    for words, message in [
+        (["--mask", mask], "mask needs a picture"),
+        (["--strength", "0.5"], "strength needs a picture"),
+        (["-i", image, "--strength", "0"], "would change nothing"),
+        (["-i", image, "--strength", "1.5"], "strength must be 0 to 1"),
+        (["-i", image, "--strength", "0.001", "--steps", "20"], "more than this model's 1000"),
+        (["-i", "nowhere.png"], ": nowhere.png is not there\n"),
+        (["-i", __file__], "cannot be read as a picture"),
+        (["-i", image, "--mask", mask, "--hires", "2"], "hires and mask exclude each other"),
+        (["--hires", "1"], "above 1"),
+        (["--extend", "left=4"], "extend needs a picture"),
+        (["-i", image, "--extend", "up=4"], "is not like left=64"),
+        (["--tile", "z"], "none of x, y and xy"),
+        (["--clip-skip", "3"], "this text encoder has 2 layers"),
+        (["--clip-skip", "0"], "clip_skip must be at least 1"),
+        (["--sigmas", "1,2"], "numbers that fall"),
+        (["--sigmas", "1,x"], "'x' is not a number"),
+        (["--sigmas", "5,1", "--steps", "3"], "leave those out"),
+        (["--sigmas", "5,0.00001"], "outside of this model's"),
+        (["--guidance-interval", "5,1"], "low, high; None"),
+        (["--guidance-interval", "5"], "LOW,HIGH"),
+        (["--variation-seed", "1"], "give variation_strength"),
+        (["--frames", "4"], "needs somewhere to go"),
+        (["--to-prompt", "x"], "give frames"),
+        (["--to-prompt", "x", "--frames", "4", "--num-images", "2"], "exclude"),
+        (["--control-image", image], "belong together"),
+        (["--compare", "stpes=1,2"], "is not FIELD=VALUE"),
+        (["--compare", "steps=1,2", "cfg=1", "seed=1,2"], "one or two"),
+        (["--compare", "steps=1,x"], "'x' is not a whole number"),
+        (["--film", "x.gif", "--num-images", "2"], "one picture comes about, and 2"),
+        (["--film", "x.mp4"], "must end in"),
+        (["--grid", "x.gif"], "must end in"),
+        (["(a:nan)"], "no finite number"),
+        (["<lora:nowhere:1>"], "'nowhere', which is not in loras/"),
+        (["-n", "<lora:x>"], "belongs into the prompt"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+    ]:
+        said = draw("a", *words)
+        assert (said.code, said.out) == (2, ""), (words, said.err)
+        assert said.err.count("\n") == 1, (words, said.err)
+        assert message in said.err, (words, said.err)
 
 
 def test_the_documentation_knows_every_flag_and_shows_what_is_there():

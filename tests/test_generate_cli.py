@@ -231,6 +231,8 @@ WRONG = [
     (["apple " * 30], "30 tokens long, but this text encoder reads 22"),
     (["a", "-n", "apple " * 30], "30 tokens long"),
     (["a", "--model", "nowhere"], "'nowhere' not found"),
+    (["a", "--model", "emoji-fst"], "did you mean 'emoji-fast'? (models that are here: emoji, emoji-fast)"),
+    (["--from-image", "nowhere.png"], "generate.py: nowhere.png is not there"),
     (["a", "--model", "."], "is not a model folder"),
     (["a", "-o", "x.gif"], "must end in one of"),
     (["a", "-o", "{sed}.png"], "unknown field {sed}"),
@@ -350,6 +352,9 @@ def test_help_names_every_flag() -> None:
     }
     for flag in names | {"--json", "--dry-run", "--no-metadata", "--quiet", "--prompt", "--model", "--output"}:
         assert flag in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "--output PATH file (overwritten), folder/ or template" in said
+    assert "shipped model (emoji, emoji-fast)" in said
 
 
 def test_the_script_draws(tiny_model: Path, tmp_path: Path) -> None:

@@ -208,6 +208,24 @@ def test_a_gif_has_the_parameters_for_a_comment(tmp_path: Path) -> None:
         assert film.n_frames == 2
 
 
+def test_a_gif_is_marked_and_every_reader_of_blocks_finds_its_frames(tmp_path: Path) -> None:
+    """The packet is no blocks; lengths are read from it all the same, whatever they are."""
+    for text in ("", "x" * 97, "ÿ" * 300):
+        film = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "green")]
+        film[-1].info |= {"parameters": "a cat", images.XMP: images.mark(composite=False)[images.XMP] + text}
+        sheets.save_film(film, tmp_path / "x.gif")
+        content = (tmp_path / "x.gif").read_bytes()
+        start = content.index(b"\x21\xff\x0bXMP DataXMP") + 14
+        assert content[start:].startswith(film[-1].info[images.XMP].encode() + b"\x01\xff\xfe")
+        with Image.open(tmp_path / "x.gif") as opened:
+            assert opened.info["comment"] == b"a cat"
+            assert [opened.seek(n) or opened.convert("RGB").getpixel((0, 0)) for n in range(opened.n_frames)] == [
+                (255, 0, 0),
+                (0, 0, 255),
+                (0, 128, 0),
+            ]
+
+
 def test_all_that_a_call_writes_is_marked(draw: Command) -> None:  # noqa: F811
     words = ("red apple", "--steps", "2", "--seed", "1")
     one = draw(*words, "-o", "a.png", "--preview", "p.png", "--grid", "g.jpg", "--film", "f.webp")
@@ -227,9 +245,11 @@ def test_an_animation_says_how_it_was_made_unless_it_is_not_to(draw: Command) ->
     with Image.open("way.gif") as film:
         found = parse_parameters(film.info["comment"].decode())
     assert (found["prompt"], found["To prompt"], found["Frames"]) == ("red apple", "blue boat", "2")
+    assert DRAWN.encode() in Path("way.gif").read_bytes()
     draw(*words, "--no-metadata")
     with Image.open("way.gif") as film:
         assert "comment" not in film.info
+    assert b"XMP" not in Path("way.gif").read_bytes()
 
 
 def test_the_pictures_of_a_list_are_marked_row_by_row(draw: Command) -> None:  # noqa: F811

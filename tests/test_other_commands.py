@@ -57,6 +57,10 @@ def test_evaluate_prints_and_writes_figures(tiny_model, labelled, tmp_path, caps
     [
         (["info", "--colour"], "unknown flag '--colour'"),
         (["info", "nowhere"], "'nowhere' not found"),
+        (["info", "nowhere"], "(models that are here: emoji, emoji-fast)"),
+        (["info", "emoji-fst"], "did you mean 'emoji-fast'"),
+        (["info", "nope.png"], "diffusion info: nope.png is not there"),
+        (["info", "no/where.JPG"], "diffusion info: no/where.JPG is not there"),
         (["evaluate", "emojo"], "did you mean 'emoji'"),
         (["evaluate", "--cuont", "3"], "did you mean '--count'"),
         (["evaluate", "--count", "many"], "'many' is not a whole number"),

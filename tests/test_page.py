@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from browsing import CHROMIUM, ROOT, begun, browsed, drawn, filled, opened, painted, served
@@ -22,9 +24,12 @@ from diffusion import TextToImage
 from diffusion.cli import main
 from diffusion.cli.generate import run as generate
 from diffusion.cli.request import fields_of, parser
-from diffusion.images import read_metadata
+from diffusion.cli.ui import ASIDE
+from diffusion.images import read_metadata, save_image
+from diffusion.notices import Flagged, Repaired
 from diffusion.settings import Settings
-from diffusion.studio import Form, Studio, words
+from diffusion.studio import Form, Studio, troubles, words
+from test_alive import failing, fails
 from test_controls import photo, red  # noqa: F401 - fixtures
 from test_speed import modules_after
 
@@ -120,8 +125,9 @@ def test_a_command_line_asks_for_the_same(given):
 def test_each_picture_of_a_call_has_its_own_line(studio):
     form = Form(prompt="red cat", negative_prompt="a 'blue' boat", seed="7", num_images=3, steps=2, sampler="euler")
     seen = list(studio.draw(form))
-    assert [(one.done, one.total) for one in seen] == [(3, 6), (6, 6)]
-    assert [len(one.files) for one in seen] == [0, 3]
+    assert [(one.done, one.total, len(one.files)) for one in seen] == [(0, 6, 0), (3, 6, 0), (6, 6, 3)]
+    first, *seen = seen
+    assert first.looks is None, "it is told that it has begun"
     assert [one.looks.size for one in seen] == [(32, 32)] * 2, "a sheet of all three"
     assert seen[0].looks.tobytes() != seen[1].looks.tobytes(), "it is looked at before it is done"
     for n, path in enumerate(seen[-1].files):
@@ -179,19 +185,33 @@ def test_what_has_no_field_is_refused_by_name(studio):
 
 
 def test_one_drawing_at_a_time_and_each_can_be_stopped(studio):
-    form = Form(prompt="red cat", seed="1", steps=50)
-    left = studio.draw(form, lambda: True)
-    assert next(left).done == 1
+    form, seen = Form(prompt="red cat", seed="1", steps=999), []
+    left = studio.draw(form, lambda: bool(seen))
+    seen.append(next(left))
     del left  # nobody looks on any more
     with pytest.raises(ValueError, match="steps 5000 is more"):
         list(studio.draw(Form(prompt="red cat", steps=5000)))
-    stopped = list(studio.draw(form, lambda: True))
-    assert [one.done for one in stopped] == [1]
+    stopped = []
+    for one in studio.draw(form, lambda: bool(stopped)):
+        stopped.append(one)
+    assert [one.done for one in (*seen, *stopped)][:2] == [0, 0]
+    assert stopped[-1].done < 999
     assert not studio.pictures(9)
     *_, last = studio.draw(Form(prompt="red cat", seed="1", steps=2))
     assert Image.open(last.files[0]).tobytes() == studio.model("red cat", seed=1, steps=2)[0].tobytes()
     studio.closed = True
-    assert len(list(studio.draw(form))) == 1
+    assert not list(studio.draw(form))
+
+
+def test_what_is_stopped_while_it_waits_draws_nothing_and_waits_no_longer(studio):
+    form, gate = Form(prompt="red cat", seed="1"), threading.Event()
+    assert not list(studio.draw(form, lambda: True)), "not one step"
+    before = studio._hand.submit(gate.wait, 30)
+    assert not list(studio.draw(form, lambda: True))
+    assert before.running(), "what is drawn before it goes on"
+    gate.set()
+    assert before.result(), "it was not waited for"
+    assert list(studio.draw(form)), "the next one has its turn"
 
 
 def test_a_black_picture_is_not_saved(studio, monkeypatch):
@@ -199,6 +219,56 @@ def test_a_black_picture_is_not_saved(studio, monkeypatch):
     with pytest.raises(FloatingPointError, match="came out black"):
         list(studio.draw(Form(prompt="red cat", seed="1")))
     assert not studio.pictures(9)
+
+
+def test_what_went_wrong_while_drawing_is_known_of_a_picture(tiny_model, tmp_path):
+    model = TextToImage.load(tiny_model, "cpu", "bf16", checker=lambda images: ["too red"] * len(images))
+    studio = Studio(model=model, output=tmp_path / "drawn")
+    with (
+        failing(fails(model.model.vae.decoder.conv_in, lambda x: x.dtype == torch.bfloat16)),
+        pytest.warns(Repaired, match="float32"),
+        pytest.warns(Flagged, match="too red"),
+    ):
+        *_, last = studio.draw(Form(prompt="red cat", seed="1"))
+    found = troubles(last.files[0])
+    assert found == {"Repaired": made(last.files[0])["repairs"], "Flagged": ["too red"]}
+    assert "float32" in found["Repaired"][0]
+    for texts in ({}, {"diffusion": "[1]"}):
+        image = Image.new("RGB", (8, 8))
+        image.info.update(texts)
+        assert troubles(save_image(image, tmp_path / "other.png")) == {"Repaired": [], "Flagged": []}
+
+
+def test_only_files_are_on_the_shelf(studio):
+    *_, last = studio.draw(Form(prompt="red cat", seed="1"))
+    Path("outputs/folder.png").mkdir()
+    Path("outputs/gone.png").symlink_to("nowhere.png")
+    assert studio.pictures(9) == list(last.files)
+
+
+def test_a_record_names_pictures_of_its_own_folder_only(studio, photo):  # noqa: F811
+    *_, last = studio.draw(Form(prompt="red cat", seed="1", init_image=Image.open(photo[0])))
+    (kept,) = Path("outputs/inputs").iterdir()
+    Path("away").mkdir()
+    image, away = Image.open(last.files[0]), kept.rename(Path("away", kept.name))
+    record = made(last.files[0])
+    record["init_image"]["name"] = f"../../{away}"
+    image.info["diffusion"] = json.dumps(record)
+    with pytest.raises(ValueError, match="which is not here"):
+        studio.recalled(save_image(image, "outputs/crafted.png"))
+
+
+def test_what_was_drawn_before_a_failure_is_on_the_shelf(studio, monkeypatch):
+    for name, value in ASIDE.items():
+        monkeypatch.setenv(name, value)
+    page = pytest.importorskip("diffusion.page")
+    monkeypatch.setattr("diffusion.studio.refuse_black", lambda image, seed: 1 / (seed - 2))
+    values = Form(prompt="red cat", seed="1", num_images=2, sampler="ddim")
+    shown = page.Page(studio)
+    *_, last = shown._draw(Namespace(session_hash="x"), *(getattr(values, name) for name in page.FIELDS), None)
+    assert "ZeroDivisionError" in last[shown.status]
+    assert last[shown.listed] == studio.pictures(9)
+    assert [made(path)["seed"] for path in last[shown.listed]] == [1]
 
 
 # --- the command
@@ -241,7 +311,7 @@ def test_a_port_in_use_and_a_missing_library_are_told(capsys, monkeypatch, tmp_p
     assert f"port {port} (Address already in use): give another --port" in capsys.readouterr().err
     monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: None)
     assert main(["ui", "--port", "0"]) == 2
-    assert capsys.readouterr().err == "diffusion ui: the page needs gradio: pip install 'diffusion[ui]'\n"
+    assert capsys.readouterr().err == "diffusion ui: the page needs gradio: pip install -e '.[ui]'\n"
 
 
 # --- the page in a browser
@@ -378,9 +448,97 @@ def test_a_wrong_request_is_told_in_the_page_and_the_next_one_is_drawn(page):
         drawn(page, Width=128, Guided_at="3,1")
         == "guidance_interval 3,1 must be two sigma / alpha, low, high; None: no end"
     )
+    assert drawn(page, Guided_at="", Pictures=0) == "num_images must be at least 1, got 0"
+    filled(page, Pictures=1)
     page.get_by_role("button", name="Reuse last").click()
     page.get_by_role("alert").filter(has_text="no picture is chosen").wait_for()
     assert drawn(page, Guided_at="", Steps="").startswith("Done: ")
+
+
+def test_enter_draws_in_any_field(page):
+    for label, text in (("Prompt", "red apple"), ("Seed", "21"), ("Steps", "3")):
+        before = page.locator("#command textarea").input_value()
+        field = page.get_by_label(label, exact=True)
+        field.fill(text)
+        field.press("Enter")
+        page.wait_for_function("line => document.querySelector('#command textarea').value != line", arg=before)
+        assert field.input_value() == text
+    assert "--seed 21" in page.locator("#command textarea").input_value()
+    assert "--steps 3 " in page.locator("#command textarea").input_value()
+
+
+def test_the_line_is_copied_where_a_browser_has_no_clipboard(page, site):
+    page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.reload()
+    copy = page.get_by_role("button", name="Copy the command line")
+    copy.click()
+    page.get_by_text("There is no command line yet").wait_for()
+    drawn(page, Prompt="red apple", Steps=2)
+    copy.click()
+    page.get_by_text("The command line is copied.").wait_for()
+    page.get_by_label("Prompt", exact=True).fill("")
+    page.keyboard.press("ControlOrMeta+V")
+    assert page.get_by_label("Prompt", exact=True).input_value() == page.locator("#command textarea").input_value()
+
+
+def test_the_folder_is_shown_wherever_it_is_and_only_its_pictures(page, site):
+    url, output = site
+    assert drawn(page, Prompt="red apple", Steps=2).startswith("Done: ")
+    sizes = "[...document.querySelectorAll('#gallery img, #picture img')].map(image => image.naturalWidth)"
+    page.wait_for_function(f"{sizes}.length > 1 && {sizes}.every(Boolean)")
+    for text in (output / "secret.txt", output / "inputs" / "secret.txt"):
+        text.parent.mkdir(exist_ok=True)
+        text.write_text("a secret")
+        assert page.request.get(f"{url}gradio_api/file={text}").status == 403, "whatever else lies there"
+
+
+def test_a_file_that_is_no_picture_is_told_and_the_others_are_shown(page, site):
+    assert drawn(page, Prompt="red apple", Seed=31, Steps=2).startswith("Done: ")
+    whole = newest(site[1])
+    broken = {"text.png": b"no picture", "half.png": whole.read_bytes()[:-4000], "empty.png": b""}
+    for n, (name, content) in enumerate(broken.items()):
+        (site[1] / name).write_bytes(content)
+        os.utime(site[1] / name, (2**32 - n, 2**32 - n))
+    page.reload()
+    page.get_by_label("Prompt", exact=True).wait_for()
+    for n, name in enumerate([*broken, whole.name, *broken]):
+        page.locator("#gallery button").nth(n % 4).click()
+        page.locator("#facts").get_by_text(name).wait_for()
+        told = page.locator("#facts [role=alert]")
+        assert told.count() == page.locator("#picture img").count() ^ 1 == (name in broken)
+        assert not told.count() or f"{name}: cannot be read as a picture" in told.inner_text()
+    assert not page.locator(".toast-body").count()
+    page.get_by_role("button", name="Reuse last").click()
+    page.get_by_role("alert").filter(has_text="no picture is chosen").wait_for()
+    for name in broken:
+        (site[1] / name).unlink()
+
+
+# The command, on an autoencoder that fails in bfloat16.
+FAILING = """
+import sys
+from diffusion.cli import main
+from diffusion.models import networks
+finite = networks.finite
+networks.finite = lambda values: finite(values if str(values.dtype) == "torch.float32" else values / 0)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_repair_is_told_at_the_end_and_later(browser, tiny_model, tmp_path):
+    output = tmp_path / "drawn"
+    with served(tiny_model, output, "--dtype", "bf16", program=("-c", FAILING)) as (url, _):
+        page = opened(browser, url)
+        said = drawn(page, Prompt="red cat", Pictures=2)
+        first, second = sorted(output.glob("*.png"))
+        (repair,) = made(second)["repairs"]
+        assert "float32" in repair
+        assert said == f"Done: {first}, and 1 more; {repair}", "once"
+        assert f"Repaired\n{repair}" in page.locator("#facts").inner_text()
+        page.reload()
+        page.locator("#gallery button").first.click()
+        page.locator("#facts").get_by_text(repair).wait_for()
+        page.context.close()
 
 
 def test_a_drawing_is_stopped(page, site):
@@ -393,7 +551,7 @@ def test_a_drawing_is_stopped(page, site):
     assert sorted(site[1].glob("*.png")) == before
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (700, 900), (390, 844)])
 def test_every_field_has_a_name_and_the_page_its_place(browser, site, width, height):
     page = opened(browser, site[0], viewport={"width": width, "height": height}, color_scheme="dark")
     page.get_by_role("tab", name="Begin from a picture").click()
@@ -406,12 +564,27 @@ def test_every_field_has_a_name_and_the_page_its_place(browser, site, width, hei
     assert not nameless
     across, down = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
     assert across == width
-    assert down <= height or width < 500, "one screen on a desk"
+    assert down <= height or width < 1000, "one screen on a desk"
+    row = [page.get_by_role("button", name=name).bounding_box()["y"] for name in ("Random", "Reuse last")]
+    assert row[0] == row[1]
+    drawn(page, Prompt="red apple", Steps=2)
+    page.wait_for_function("document.getElementById('status').getBoundingClientRect().bottom <= innerHeight")
     page.context.close()
 
 
-def test_ctrl_c_ends_it_in_the_middle_of_a_drawing(browser, tiny_model, tmp_path):
-    with served(tiny_model, tmp_path / "drawn") as (url, process):
+# The command, with steps that take a minute.
+SLOW = """
+import sys, time
+from diffusion.cli import main
+from diffusion.studio import Studio
+Studio._saved = lambda *_: time.sleep(60)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("program", [("-m", "diffusion"), ("-c", SLOW)], ids=["between steps", "within a long one"])
+def test_ctrl_c_ends_it_in_the_middle_of_a_drawing(browser, tiny_model, tmp_path, program):
+    with served(tiny_model, tmp_path / "drawn", program=program) as (url, process):
         page = opened(browser, url)
         filled(page, Prompt="red cat", Steps=1000)
         page.get_by_role("button", name="Draw", exact=True).click()

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusion import TextToImage
+from diffusion.comparison import variants
 from diffusion.interop import outline_model, save_single_file
 from diffusion.models.folder import load_model
-from diffusion.settings import Settings, variants
+from diffusion.settings import Settings
 from families import save
 from test_controls import net, photo, red  # noqa: F401 - fixtures
 from test_generate_cli import Command, draw, made, process  # noqa: F401 - a fixture
@@ -306,6 +307,23 @@ def test_a_learnt_word_is_told(draw, files):  # noqa: F811
         assert "it.safetensors: the word <it> of 2 vectors" in said.err
 
 
+def test_what_a_model_is_made_of_is_not_told(draw, tmp_path):  # noqa: F811
+    """Its own adapters fit; those that are put on it are reported."""
+    student, few = Path(__file__).parents[1] / "assets/emoji-fast", ("panda", "-s", "1", "--steps", "1")
+    for more in ([], ["--dry-run"]):
+        assert "keys" not in draw(*few, *more, model="emoji-fast").err
+        told = draw(*few, *more, "--lora", str(student), model="emoji").err
+        assert f"{student}: 156 of 156 keys, 78 layers of unet" in told
+    assert TextToImage.load("emoji-fast", weights=False).model.reports == {}
+
+
+def test_a_picture_that_is_not_there_is_told_so(tiny):
+    for name in ("init_image", "mask"):
+        pictures = {"init_image": Image.new("RGB", (16, 16)), name: "nowhere.png"}
+        with pytest.raises(ValueError, match=r"^nowhere\.png is not there$"):
+            tiny(PROMPT, **pictures)
+
+
 def test_a_model_without_weights_plans_and_draws_nothing(tiny_model):
     hollow = TextToImage.load(tiny_model, "cpu", weights=False)
     plan = hollow.plan(Settings(prompts=(PROMPT,), hires=2, seed=1))
@@ -343,6 +361,22 @@ def test_quiet_is_quiet_with_a_controlnet(net, photo, tmp_path):  # noqa: F811
     words = ["-m", str(sd1), "--control", str(net), "--control-image", str(photo[0]), "--steps", "1", "--quiet"]
     done = process("", PROMPT, *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_loading_in_python_shows_no_bar_and_leaves_bars_as_they_were(tmp_path):
+    """transformers has one of the weights that it reads; a program that uses us may want it for its own models."""
+    save("sdxl", tmp_path / "xl")
+    save_single_file(load_model(tmp_path / "xl"), tmp_path / "one.safetensors")
+    code = (
+        "import sys; from diffusion import TextToImage; from transformers.utils import logging\n"
+        "from huggingface_hub import utils\n"
+        "def load():\n"
+        "    for path in sys.argv[1:]: TextToImage.load(path, 'cpu')\n"
+        "    print(logging.is_progress_bar_enabled(), not utils.are_progress_bars_disabled())\n"
+        "load(); utils.disable_progress_bars(); load(); logging.disable_progress_bar(); load()"
+    )
+    done = process(code, str(tmp_path / "xl"), str(tmp_path / "one.safetensors"))
+    assert (done.stdout.split("\n"), done.stderr) == (["True True", "True False", "False False", ""], "")
 
 
 def test_libraries_are_told_to_be_quiet_before_they_are_imported():

@@ -211,6 +211,8 @@ def test_a_checker_that_breaks_fails_its_rows(draw: Command, checks: Path) -> No
         ("torn.py:f", "torn.py cannot be imported (SyntaxError"),
         ("nowhere", "nowhere is not there: give module:function, file.py:function or a folder"),
         (":f", ":f is not there"),
+        ("checks.py", "checker checks.py names no function: give checks.py:function"),
+        ("checks.py:", "checker checks.py: names no function: give checks.py:function"),
         (".", "holds no safety_checker/"),
     ],
 )
@@ -358,6 +360,11 @@ def test_the_stock_checker_is_the_stock_one(stock: Path) -> None:
         assert checker(images) == [None, None]
     finally:
         checker.net.concept_embeds_weights.data.fill_(-1.1)
+
+
+def test_reading_the_stock_checker_shows_no_bar(stock: Path) -> None:
+    done = process("import sys; from diffusion.safety import find_checker; find_checker(sys.argv[1])", str(stock))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_stock_folder_that_is_none_is_refused(draw: Command, stock: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, rng, tasks, trainer
+from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, rng, tasks, trainer, validation
 from diffusion import run as run_module
 from diffusion.cli import main as cli
 from diffusion.config import Train
@@ -27,6 +27,7 @@ from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
 from diffusion.data.source import group_weights, read_folder
 from diffusion.ema import Ema
+from diffusion.images import GENERATED, XMP, read_texts
 from diffusion.models import networks, text
 from diffusion.models.folder import load_vae, save_network
 from diffusion.models.networks import encode_pixels
@@ -79,6 +80,8 @@ def test_what_train_writes_generate_reads(straight):
     assert image.size == (16, 16)
     assert {p.name for p in straight.iterdir()} >= {"config.yaml", "metrics.jsonl", "model", "samples", "checkpoints"}
     assert config.load(straight / "config.yaml").folder == straight
+    for file in (*(straight / "samples").iterdir(), straight / "model/samples.png"):
+        assert GENERATED in read_texts(file)[0][XMP], "what a run draws is marked as what generate draws"
 
 
 @pytest.mark.parametrize(("stop_after", "micro_batch"), [(1, None), (4, None), (3, 2)])
@@ -459,11 +462,29 @@ def test_auto_batch_takes_what_fits_and_changes_nothing(home, straight, monkeypa
     one, two = (memory.saved_bytes(lambda n=n: task.module(task.example(n)).mean()) for n in (1, 2))
     assert 1.8 < two / one < 2.2
     monkeypatch.setattr(memory, "free_bytes", lambda device: state + int(2.6 * one))
-    trainer.train(run, quiet=True)
+    trainer.train(run)
     assert "auto_batch: 2 pictures at a time of 8 a step" in capsys.readouterr().err
     assert metrics(run.folder) == pytest.approx(metrics(straight), rel=1e-5)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert memory.largest_micro_batch(8, lambda n: task.module(task.example(n)).mean(), torch.device("cpu"), 0) == 1
+
+
+def test_quiet_keeps_only_what_is_warned_of(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(validation.History, "verdict", lambda _: "it overfits")
+    for steps in (2, 4):  # begun, with nothing encoded yet, and gone on with
+        run = denoiser(home, "quiet", steps=steps, validate_every=2, auto_batch=True)
+        run.output = str(tmp_path)
+        trainer.train(run, quiet=True)
+        out, err = capsys.readouterr()
+        left_out, verdict = err.splitlines()
+        assert (out, verdict) == ("", "it overfits")
+        assert left_out.endswith("; coverage.jsonl names all")
+    run = denoiser(home, "quiet", steps=5)
+    run.output = str(tmp_path)
+    trainer.train(run)
+    said = capsys.readouterr().err
+    assert f"resuming {run.folder} at step 4" in said
+    assert "steps 4 to 5 of quiet" in said
 
 
 def test_trap_13_sharded_weights_are_saved_and_read_by_any_number_of_processes(home, straight):
@@ -723,7 +744,7 @@ def test_auto_precision_is_decided_once_for_a_run(home, monkeypatch, capsys):
     assert difference(weights(whole.folder), weights(halved.folder)) == 0
     shutil.rmtree(halved.folder / "checkpoints/step-00000006")
     capsys.readouterr()
-    trainer.train(denoiser(home, "in-auto", precision="fp32"), quiet=True)
+    trainer.train(denoiser(home, "in-auto", precision="fp32"))
     assert "at step 3, from here on in fp32 and not in bf16" in capsys.readouterr().err
     assert config.load(halved.folder / "config.yaml").train.precision == "fp32"
 

@@ -46,5 +46,5 @@ def watched(double=False):
 if __name__ == "__main__":
     run = config.load(sys.argv[1])
     with watched(double="double" in run.name) as notes:
-        trainer.train(run, quiet=True)
+        trainer.train(run)
     torch.save(notes, run.folder / f"notes-{os.environ['RANK']}.pt")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.cli.outputs import SHEETS
+from diffusion.comparison import COMPARED
 from diffusion.names import resolve_sampler
 from diffusion.places import parse_lora
-from diffusion.settings import COMPARED, Settings
+from diffusion.settings import Settings
 
 if TYPE_CHECKING:
     from diffusion.records import Recalled

@@ -4,14 +4,12 @@ The paths of the pictures go to stdout, one a line, or with ``--json`` one event
 Nothing slow is imported before the request has been checked as far as it can be without a library.
 """
 
-import hashlib
-import json
 import os
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,9 +19,10 @@ from diffusion.cli import again
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
-from diffusion.notices import Flagged, Repaired, is_short
-from diffusion.safety import CheckerError
-from diffusion.settings import PICTURES, Settings, Shot, variants
+from diffusion.cli.voice import Voice, reason
+from diffusion.comparison import variants
+from diffusion.notices import Flagged, Repaired
+from diffusion.settings import PICTURES, Settings, Shot
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +54,7 @@ def run(argv: Sequence[str], prog: str = "diffusion generate") -> int:
         return 1
 
 
-def generate(argv: Sequence[str], voice: "Voice") -> int:
+def generate(argv: Sequence[str], voice: Voice) -> int:
     """Until the first step a ValueError means that the request cannot be met; from then on, that something failed."""
     try:
         reader = parser(voice.prog)
@@ -78,7 +77,7 @@ def generate(argv: Sequence[str], voice: "Voice") -> int:
     return max(call() for call in left)
 
 
-def begin(request: Request, voice: "Voice", loaded: "dict[str, TextToImage]") -> Callable[[], int]:
+def begin(request: Request, voice: Voice, loaded: "dict[str, TextToImage]") -> Callable[[], int]:
     """All of a call that comes before its first step; what is left to do. ValueError if it cannot be met."""
     args = request.args
     at_once = request.is_small and not args.dry_run and not args.compile
@@ -102,7 +101,7 @@ def begin(request: Request, voice: "Voice", loaded: "dict[str, TextToImage]") ->
 
 
 def finish(
-    request: Request, model: "TextToImage", steps: "Iterator[Progress]", full: Settings, voice: "Voice", total: int
+    request: Request, model: "TextToImage", steps: "Iterator[Progress]", full: Settings, voice: Voice, total: int
 ) -> int:
     """Draw, and return the exit code."""
     if request.args.verify:
@@ -116,7 +115,7 @@ def finish(
     return code
 
 
-def judge(steps: "Iterator[Progress]", request: Request, voice: "Voice", total: int) -> int:
+def judge(steps: "Iterator[Progress]", request: Request, voice: Voice, total: int) -> int:
     """Say how near a picture that is drawn again comes; it is written only where a place was named."""
     verdicts = list["Verdict"]()
     assert request.made is not None, "--verify needs a picture"
@@ -132,7 +131,7 @@ def judge(steps: "Iterator[Progress]", request: Request, voice: "Voice", total: 
     return 0 if verdicts[0].identical and not held else 1
 
 
-def tell_again(made: "Recalled", voice: "Voice") -> None:
+def tell_again(made: "Recalled", voice: Voice) -> None:
     """What a picture is drawn again from, what flags change, and what is not what it was."""
     changes = "".join(f"; {change}" for change in made.changes)
     voice.note(f"from {made.path}, as {made.program} wrote it{changes}")
@@ -141,14 +140,14 @@ def tell_again(made: "Recalled", voice: "Voice") -> None:
         voice.trouble("warning", f"warning: {made.path}: {note}")
 
 
-def tell(reports: Mapping[str, str], voice: "Voice") -> None:
+def tell(reports: Mapping[str, str], voice: Voice) -> None:
     """How much of every LoRA has found its place, and which words were learnt."""
     for path, report in reports.items():
         voice.note(f"{path}: {report}")
         voice.event("lora", path=path, report=report)
 
 
-def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> int:
+def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: Voice, total: int) -> int:
     """Write the pictures of each batch as soon as it is done, and at the end the sheet and the film of them.
 
     What is withheld is in none of them. The exit code.
@@ -175,7 +174,7 @@ def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: 
     return 1 if held else 0
 
 
-def together(steps: "Iterator[Progress]", request: Request, full: Settings, voice: "Voice", total: int) -> int:
+def together(steps: "Iterator[Progress]", request: Request, full: Settings, voice: Voice, total: int) -> int:
     """Draw everything, then write it as one file: a labelled sheet of what is compared, or an animation.
 
     It is not written if any of its pictures is withheld. The exit code.
@@ -228,7 +227,7 @@ def watched(
         yield step
 
 
-def draw(steps: "Iterator[Progress]", keep: Keep, voice: "Voice", total: int, args: Namespace) -> int:
+def draw(steps: "Iterator[Progress]", keep: Keep, voice: Voice, total: int, args: Namespace) -> int:
     """Follow the steps, and give the pictures of each batch away as soon as it is done. How many are withheld."""
     from tqdm import tqdm
 
@@ -256,72 +255,6 @@ def follow(bar: Any, step: "Progress", before: int) -> int:
     done = before + step.index * len(step.pictures)
     bar.update(done - bar.n)
     return before if step.images is None else done
-
-
-@dataclass(frozen=True)
-class Voice:
-    """How we speak: to a person, or with ``json`` to a program, in one event a line on stdout."""
-
-    prog: str
-    json: bool
-    quiet: bool
-
-    def event(self, kind: str, /, **facts: Any) -> None:
-        """One event, for a program only."""
-        if self.json:
-            print(json.dumps({"event": kind, **facts}), flush=True)
-
-    def note(self, text: str) -> None:
-        """A word on stderr, for a person only."""
-        if not self.json and not self.quiet:
-            print(f"{self.prog}: {text}", file=sys.stderr)
-
-    def trouble(self, kind: str, message: str, **facts: Any) -> None:
-        """A warning or an error: one line on stderr, and an event."""
-        line = " ".join(message.split())
-        print(f"{self.prog}: {line}", file=sys.stderr)
-        self.event(kind, message=line, **facts)
-
-    def warn(self, warning: Warning | str) -> None:
-        """What a library, or ours, has to say; of a repair also to a person who wants no notes."""
-        if isinstance(warning, Repaired):
-            self.trouble("repair", str(warning))
-        else:
-            self.trouble("warning", f"warning: {warning}")
-
-    def picture(self, path: Path, **facts: Any) -> None:
-        """A picture that was written: its path, or an event that holds it."""
-        if self.json:
-            self.event("image", path=str(path), **facts, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        else:
-            print(path, flush=True)
-
-    def flagged(self, image: "Image.Image", seed: int, path: Path | None, *, withheld: bool, **facts: Any) -> None:
-        """A picture that its checker flags, if it does: a warning, whatever becomes of it."""
-        if "flagged" not in image.info:
-            return
-        why, end = image.info["flagged"], "; it is withheld" if withheld else ""
-        facts |= {"seed": seed, "reason": why, "path": None if path is None else str(path), "withheld": withheld}
-        self.trouble("flagged", f"warning: picture of seed {seed} is flagged: {why}{end}", **facts)
-
-    def verdict(self, verdict: "Verdict") -> None:
-        """How near a picture that was drawn again comes to the first one: the result, so on stdout."""
-        if self.json:
-            facts = {name: getattr(verdict, name) for name in ("identical", "levels", "differs")}
-            decibels = None if verdict.identical else verdict.decibels
-            self.event("verified", path=str(verdict.path), **facts, decibels=decibels)
-        else:
-            print(verdict, flush=True)
-
-
-def reason(error: Exception) -> str:
-    """A failure in one line: its first, and what to do where that is known."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, CheckerError):
-        return text
-    if is_short(error):
-        return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
-    return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
 
 
 def _save(image: "Image.Image", shot: Shot, outputs: Outputs) -> Path:

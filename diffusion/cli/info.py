@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion import places
 from diffusion.cli.flags import Parser
+from diffusion.cli.outputs import SHEETS
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,7 +33,7 @@ def _described(what: str) -> Any:
         from diffusion.interop import describe
 
         return describe(what)
-    if Path(what).is_file():
+    if Path(what).is_file() or (Path(what).suffix.lower() in SHEETS and not Path(what).is_dir()):
         from diffusion.foreign import shown
         from diffusion.images import read_metadata, read_texts
 

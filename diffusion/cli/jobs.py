@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import jobs
 from diffusion.cli import request
-from diffusion.cli.generate import Voice, follow, reason, sheet_of, tell, watched
+from diffusion.cli.generate import follow, sheet_of, tell, watched
 from diffusion.cli.listed import Listed, Task, planned, processes, share_of, told_of
+from diffusion.cli.voice import Voice, reason
 from diffusion.jobs import Job, Result
 from diffusion.settings import PICTURES, Settings, Shot
 
@@ -66,7 +67,7 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
             continue
         plan = outline.plan(task.job.wanted)
         left.append(task.job)
-        voice.event("row", row=task.number, **_plain(plan.full), tokens=request.counted([plan]))
+        voice.event("row", row=task.number, **_told(plan.full), tokens=request.counted([plan]))
         count, size = plan.full.count, "{}x{}".format(*plan.full.finished)
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         said = f"{plan.full.prompts[0]!r}: {pictures}, {size}, {request.how(plan.full)}, seed {plan.full.seed}"
@@ -183,7 +184,7 @@ class Hand:
             self.manifest.append(_line(task, "failed", reason=why))
             return "failed"
         assert task.job.wanted is not None, "only right rows are drawn"
-        settings = _plain(self.model.resolved(task.job.wanted))
+        settings = _told(self.model.resolved(task.job.wanted))
         files = [_file(path, image, shot) for path, image, shot in shown if path is not None]
         held = [_looked_at(image, shot) for path, image, shot in shown if path is None]
         with self.bar.external_write_mode():
@@ -225,7 +226,7 @@ def _looked_at(image: "Image.Image", shot: Shot) -> dict[str, Any]:
     return {"seed": shot.seed} | ({"flagged": image.info["flagged"]} if "flagged" in image.info else {})
 
 
-def _plain(full: Settings) -> dict[str, Any]:
+def _told(full: Settings) -> dict[str, Any]:
     facts = told_of(full, {"prompts", "batch_size"})
     return {"prompt": full.prompts[0], **facts, **{name: str(facts[name]) for name in PICTURES if name in facts}}
 

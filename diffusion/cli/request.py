@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion import names, places, settings
+from diffusion import comparison, names, places, settings
 from diffusion.cli import again
 from diffusion.cli.flags import Parser, interval, number, numbers, sides, size, whole, whole_or_auto
 from diffusion.cli.outputs import Outputs, name_parts
@@ -69,7 +69,7 @@ class Request:
         check_pictures(args, wanted)
         axes = _axes(args.compare)
         if axes:
-            settings.variants(wanted, axes)
+            comparison.variants(wanted, axes)
         model = find_model(args.model, offline=args.offline)
         if (places.base_of(model) or model).is_dir():  # of a file only its header tells
             wanted.check(places.read_limits(model))
@@ -86,7 +86,7 @@ class Request:
 
     def cells(self) -> list[Settings]:
         """The call, or what is compared: each may have other answers of the model's own."""
-        return settings.variants(self.wanted, self.axes)[0] if self.axes else [self.wanted]
+        return comparison.variants(self.wanted, self.axes)[0] if self.axes else [self.wanted]
 
     def load(self, loaded: "dict[str, TextToImage]", *, weights: bool = True) -> "TextToImage":
         """The model with all that is put on it; without weights it is there in a moment, and draws nothing.
@@ -102,7 +102,7 @@ class Request:
 
     def summary(self, plans: "Sequence[Drawing]") -> Iterator[str]:
         """What would be drawn, in a line, and of each prompt how the encoder reads it."""
-        full, axes = plans[0].full, [f"{k} {', '.join(map(settings.label, v))}" for k, v in self.axes.items()]
+        full, axes = plans[0].full, [f"{k} {', '.join(map(comparison.label, v))}" for k, v in self.axes.items()]
         count = sum(plan.full.count for plan in plans)
         pictures = "1 picture" if count == 1 else f"{count} pictures in batches of {full.batch_size}"
         model = " + ".join([str(self.model), *(f"{path}:{strength:g}" for path, strength in self.loras.items())])
@@ -137,7 +137,7 @@ def memory_of(plan: "Drawing") -> str:
     """What a plan takes, in words."""
     from diffusion.memory import drawing_bytes
 
-    return str(drawing_bytes(plan.model, plan.full, max(map(plan.words.chunks, plan.full.shots()))))
+    return str(drawing_bytes(plan.model, plan.full, plan.chunks, plan.control))
 
 
 def how(full: Settings) -> str:
@@ -163,7 +163,7 @@ def _loras(given: Sequence[str]) -> dict[str, float]:
 
 def _axes(given: Sequence[tuple[str, list[Any]]] | None) -> dict[str, list[Any]]:
     """What is compared. ValueError for a field that is given twice."""
-    names = [settings.COMPARED[name] for name, _ in given or ()]
+    names = [comparison.COMPARED[name] for name, _ in given or ()]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--compare has {name} twice: give all of its values at once")
@@ -252,9 +252,9 @@ def load_model(args: Namespace, model: Path, loras: dict[str, float], *, weights
 def compared(text: str) -> tuple[str, list[Any]]:
     """``steps=10,20,50`` as a field and its values."""
     name, equals, values = text.partition("=")
-    field = settings.COMPARED.get(name.replace("-", "_"))
+    field = comparison.COMPARED.get(name.replace("-", "_"))
     if not equals or field is None:
-        known = ", ".join(dict.fromkeys(settings.COMPARED.values()))
+        known = ", ".join(dict.fromkeys(comparison.COMPARED.values()))
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE,VALUE with one of the fields {known}")
     kind: Callable[[str], Any] = WORDS.get(field, number if field in FLOATS else whole)
     return name.replace("-", "_"), [kind(value.strip()) for value in values.split(",")]
@@ -307,7 +307,7 @@ def _add_words(add: Callable[..., Any], own: str) -> None:
     switch("--literal", help="take (brackets:1.2), BREAK and <lora:...> in prompts as text")
     switch("--long-prompts", help="read more than the encoder was made for, in chunks")
     add("--clip-skip", type=whole, metavar="N", help="layer of the text encoder: 2 is the last but one")
-    add("-m", "--model", help="folder, .safetensors file, Hub id or shipped model (emoji)")
+    add("-m", "--model", help="folder, .safetensors file, Hub id or shipped model (emoji, emoji-fast)")
     add("--prediction", metavar="KIND", help="epsilon or v, for a file that does not say what its network puts out")
     add("--lora", action="append", default=[], metavar="PATH[:W]", help="LoRA or learnt word, W strong; repeatable")
     add("--lora-dir", type=Path, metavar="DIR", help="where <lora:name:0.8> looks (loras/)")
@@ -363,7 +363,12 @@ def _add_pictures(add: Callable[..., Any], own: str) -> None:
 
 def _add_outputs(add: Callable[..., Any], own: str) -> None:
     switch = partial(add, action="store_true")
-    add("-o", "--output", metavar="PATH", help="file, folder/ or template with {index} {seed} {slug} (outputs/)")
+    add(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="file (overwritten), folder/ or template of {index} {seed} {slug} (outputs/)",
+    )
     add("--grid", type=Path, metavar="FILE", help="all pictures on one sheet as well")
     add("--preview", type=Path, metavar="FILE", help="what it looks like so far, after every step")
     add("--film", type=Path, metavar="FILE", help="how it came about: an animation (.gif) or a strip (.png)")

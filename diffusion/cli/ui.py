@@ -11,8 +11,8 @@ from pathlib import Path
 
 from diffusion import names
 from diffusion.cli.flags import Parser, whole
-from diffusion.cli.generate import reason
 from diffusion.cli.request import find_model, quiet_libraries
+from diffusion.cli.voice import reason
 from diffusion.images import DEFAULT_FOLDER, check_output, parse_output
 from diffusion.places import parse_lora
 
@@ -21,6 +21,8 @@ ASIDE = {  # read when gradio and what it stands on are imported: it asks no net
     "GRADIO_RUN_HISTORY": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+PATIENCE = 5  # seconds that the last step has before it is left
 
 
 def run(argv: Sequence[str]) -> int:
@@ -49,15 +51,20 @@ def serve(args: Namespace) -> None:
     """Load the model, and show the page for as long as nobody interrupts."""
     quiet_libraries()
     os.environ.update(ASIDE)
-    with tempfile.TemporaryDirectory(prefix="diffusion-ui-") as cache:
-        os.environ["GRADIO_TEMP_DIR"] = cache  # what the page shows is copied there, and goes when it does
-        from diffusion import page
-        from diffusion.pipeline import TextToImage
-        from diffusion.studio import Studio
+    from diffusion.pipeline import TextToImage
+    from diffusion.studio import Studio
 
-        model = TextToImage.load(args.model, args.device, args.dtype, args.loras)
-        studio = Studio(model=model, name=args.model, loras=args.loras, device=args.device, output=args.output)
-        page.show(studio, args.host, args.port, browser=args.open)
+    model = TextToImage.load(args.model, args.device, args.dtype, args.loras)
+    studio = Studio(model=model, name=args.model, loras=args.loras, device=args.device, output=args.output)
+    try:
+        with tempfile.TemporaryDirectory(prefix="diffusion-ui-") as cache:
+            os.environ["GRADIO_TEMP_DIR"] = cache  # what the page shows is copied there, and goes when it does
+            from diffusion import page
+
+            page.show(studio, args.host, args.port, browser=args.open)
+    finally:
+        if not studio.close(PATIENCE):  # in the middle of a step, which nothing interrupts; it has written nothing yet
+            os._exit(130)
 
 
 def _parser() -> Parser:
@@ -87,7 +94,7 @@ def _check(args: Namespace) -> dict[str, float]:
         raise ValueError(f"--output {args.output} is a file: name a folder")
     check_output(parse_output(f"{args.output}/"), 1, 0, "", "--output")
     if find_spec("gradio") is None:
-        raise ValueError("the page needs gradio: pip install 'diffusion[ui]'")
+        raise ValueError("the page needs gradio: pip install -e '.[ui]'")
     return loras
 
 

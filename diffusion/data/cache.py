@@ -31,6 +31,7 @@ class Cache:
 
     folder: Path
     encoder: str
+    quiet: bool = False  # no bar
 
     def path(self, content: bytes, how: str) -> Path:
         """Where the entry of ``content``, encoded in the way that ``how`` says, is kept."""
@@ -57,7 +58,7 @@ class Cache:
         missing = [place for path, place in first.items() if not path.is_file()]
         missing.sort(key=lambda place: (repr(kinds[place]) if kinds is not None else "", place))
         start = os.getpid() % len(missing) if missing else 0  # processes begin apart and skip what another has done
-        with tqdm(total=len(missing), desc=f"encoding {what}", leave=False, disable=not missing) as bar:
+        with tqdm(total=len(missing), desc=f"encoding {what}", leave=False, disable=self.quiet or not missing) as bar:
             for batch in _batches(missing[start:] + missing[:start], kinds, batch_size):
                 todo = [place for place in batch if not paths[place].is_file()]
                 for place, entry in zip(todo, make(todo) if todo else (), strict=True):

@@ -104,7 +104,7 @@ def open_folder(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; data.path names a folder of pictures")
+        raise ValueError(f"{folder}: no such folder of pictures")
     found = scan(folder, apart)
     source = _find_source(folder, found, text) if source == "auto" else source
     splits: dict[str, list[Picture]] = {"train": [], "held_out": []}

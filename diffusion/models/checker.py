@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from diffusion.models.stock import bare_packages
+from diffusion.models.stock import bare_packages, no_bar
 
 with bare_packages():
     from diffusers.pipelines.stable_diffusion import safety_checker
@@ -39,9 +39,10 @@ def load_checker(path: Path) -> StockChecker:
     """A stock ``StableDiffusionSafetyChecker`` folder. ValueError if it is none."""
     logging.getLogger(safety_checker.__name__).setLevel(logging.ERROR)  # it warns of a black picture: here is none
     try:
-        net, read = safety_checker.StableDiffusionSafetyChecker.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with no_bar():
+            net, read = safety_checker.StableDiffusionSafetyChecker.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as a safety checker ({str(error).splitlines()[0]})") from None
     if read["missing_keys"]:

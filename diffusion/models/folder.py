@@ -23,6 +23,7 @@ from diffusion.models.stock import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     UNet2DConditionModel,
+    no_bar,
 )
 from diffusion.models.text import load_tokenizer, save_tokenizer
 from diffusion.places import base_of
@@ -199,7 +200,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
         model = load_model(base, device, dtype)
         adapters.apply(model, path)
-        model.path, model.recipe, model.adapters = path, read_recipe(path), {}
+        model.path, model.recipe, model.adapters, model.reports = path, read_recipe(path), {}, {}
         return model
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (path / part).is_dir():
@@ -334,7 +335,8 @@ def _umask() -> int:
 
 
 def _load_text(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    with no_bar():
+        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""The stock networks, imported without the rest of their library.
+"""The stock networks, imported without the rest of their library and read without its bars.
 
 ``diffusers.models.autoencoders`` and its neighbours import every architecture that there is when any one is asked for:
 two seconds, of which the one takes a tenth. While the classes below are imported, those packages are bare folders;
@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.utils import logging
 
 CROWDED = ("models", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets", "hooks")
 
@@ -38,6 +40,22 @@ def bare_packages() -> Iterator[None]:
                 del sys.modules[name]
 
 
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Within the block transformers shows no bar of the weights that it reads; afterwards bars are as they were."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_has_none = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # and the Hub's with them
+        if hub_has_none:
+            disable_progress_bars()
+
+
 with bare_packages():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -50,4 +68,5 @@ __all__ = [
     "CLIPTokenizer",
     "UNet2DConditionModel",
     "bare_packages",
+    "no_bar",
 ]

@@ -23,8 +23,8 @@ Shown = Sequence[tuple[Picture, View]]
 class Encodings:
     """Latents of views of pictures, and contexts of captions, of one model."""
 
-    def __init__(self, model: Model, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: Model, folder: Path, quiet: bool = False) -> None:
+        self.model, self.folder, self.quiet = model, folder, quiet
 
     def latents(self, shown: Shown) -> Kept:
         """``mean`` and ``std`` ``(C, h, w)`` of every view, on the scale that the U-Net sees."""
@@ -78,12 +78,12 @@ class Encodings:
     @cached_property
     def _pictures(self) -> Cache:
         vae = self.model.vae
-        return Cache(self.folder, _digest(_facts(vae), vae.encoder, vae.quant_conv))
+        return Cache(self.folder, _digest(_facts(vae), vae.encoder, vae.quant_conv), self.quiet)
 
     @cached_property
     def _captions(self) -> Cache:
         spelling = " ".join(f"{t.backend_tokenizer.to_str()} {t.model_max_length}" for t in self.model.tokenizers)
-        return Cache(self.folder, _digest(f"{spelling} {self.model.zero_empty}", *self.model.text_encoders))
+        return Cache(self.folder, _digest(f"{spelling} {self.model.zero_empty}", *self.model.text_encoders), self.quiet)
 
 
 def _facts(vae: Any) -> str:

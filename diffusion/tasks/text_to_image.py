@@ -73,7 +73,7 @@ class DenoisingLoss(nn.Module):
 class TextToImageTask:
     """Trains a U-Net, and a text encoder where one is built anew, on the latents of a finished autoencoder."""
 
-    def __init__(self, config: Config, pictures: list[Picture], device: torch.device) -> None:
+    def __init__(self, config: Config, pictures: list[Picture], device: torch.device, quiet: bool = False) -> None:
         self.config = config
         self.model = _assemble(config, pictures)
         _refuse_dropout(self.model, "model." if config.model.base is None else f"{config.model.base}/")
@@ -92,7 +92,7 @@ class TextToImageTask:
             else DistillationLoss(self.model, teacher, config.loss.distill)
         )
         self.network: nn.Module = self.model.unet
-        self.encodings = Encodings(self.model, Path(config.output) / "cache") if config.data.cache else None
+        self.encodings = Encodings(self.model, Path(config.output) / "cache", quiet) if config.data.cache else None
         self.pictures = pictures
         self._check_captions(pictures)
         self.factor = networks.spatial_factor(self.model.vae)
