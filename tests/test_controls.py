@@ -1,5 +1,6 @@
 """What leads a picture besides its words: noise, levels, guidance, a ControlNet, LoRAs; flags and their page."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusion import TextToImage, drawing, samplers
 from diffusion.models.folder import load_model
 from diffusion.parameters import parse_parameters
 from diffusion.schedules import levels
+from diffusion.settings import Settings
 from families import KINDS, parity, psnr, save, stock
 from test_generate_cli import Command, draw, made  # noqa: F401 - a fixture
 
@@ -355,3 +357,14 @@ def test_the_documentation_knows_every_flag_and_shows_what_is_there():
     shown = re.findall(r"!\[\]\((.*?)\)", page)
     assert len(shown) > 10
     assert not [name for name in shown if not (docs / name).is_file()]
+
+
+def test_every_flag_and_every_setting_is_tried_by_a_test():
+    """That it stands in one; what the tests do with it only a reader sees."""
+    from diffusion.cli.request import parser
+
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    flags = [action.option_strings for action in parser("x")._actions if action.option_strings]
+    assert not [names for names in flags if not any(re.search(rf"""["' ]{name}["' =]""", tests) for name in names)]
+    settings = [item.name for item in dataclasses.fields(Settings)]
+    assert not [name for name in settings if not re.search(rf"""\b{name}=(?!=)|"{name}":""", tests)]
