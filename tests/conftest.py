@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
+
+from commands import Command, Said
 
 if TYPE_CHECKING:
     from diffusion import TextToImage
@@ -81,3 +85,76 @@ def straight(home: Path) -> Path:
     run = denoiser(home, "straight")
     trainer.train(run, quiet=True)
     return run.folder
+
+
+@pytest.fixture
+def draw(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
+    """The command in this process, on the tiny model, in an empty folder."""
+    from diffusion.cli.generate import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: str, model: Path = tiny_model) -> Said:
+        code = run([*(["--model", str(model)] if model else []), *words], prog="generate.py")
+        return Said(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> tuple[Path, Path]:
+    """A picture of odd sides, and a mask that opens its right half."""
+    noise = np.random.default_rng(0).integers(0, 256, (19, 21, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    mask = Image.new("L", (21, 19), 0)
+    ImageDraw.Draw(mask).rectangle((10, 0, 20, 18), fill=255)
+    mask.save(tmp_path / "mask.png")
+    return tmp_path / "photo.png", tmp_path / "mask.png"
+
+
+@pytest.fixture
+def red(tiny_model: Path, tmp_path: Path) -> Path:
+    """A LoRA that changes the tiny model a lot."""
+    from diffusion.models import lora
+    from diffusion.models.folder import load_model
+
+    model = load_model(tiny_model)
+    torch.manual_seed(0)
+    lora.add(model.unet, lora.TARGETS["attention"], 2, 2.0)
+    for name, weight in model.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    lora.save({"unet": model.unet}, tmp_path / "loras" / "red", kohya=False)
+    (tmp_path / "loras/red/pytorch_lora_weights.safetensors").rename(tmp_path / "loras/red.safetensors")
+    (tmp_path / "loras/red").rmdir()
+    return tmp_path / "loras/red.safetensors"
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in the layout of Stable Diffusion 1.x."""
+    from families import save
+
+    return save("sd1", tmp_path_factory.mktemp("controls") / "sd1")
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock ControlNet whose branches say something, beside its tiny model, whose latents are an eighth in size."""
+    from diffusers import ControlNetModel
+
+    from diffusion.models.folder import load_model
+    from families import save
+
+    sd1 = save("sd1", tmp_path_factory.mktemp("control") / "sd1", vae_blocks=4)
+    torch.manual_seed(0)
+    made = ControlNetModel.from_unet(load_model(sd1).unet, conditioning_channels=3)
+    for layer in [*made.controlnet_down_blocks, made.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    for layer in made.controlnet_cond_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    with torch.no_grad():
+        made.controlnet_cond_embedding.conv_out.weight *= 4
+    made.save_pretrained(sd1.parent / "net")
+    return sd1.parent / "net"

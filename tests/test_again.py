@@ -6,19 +6,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from commands import made, process
 from diffusion.images import save_image
 from diffusion.records import read_record
 from families import save
-from test_controls import photo, red  # noqa: F401 - fixtures
 from test_foreign import NEWER, png
-from test_generate_cli import draw, made, process  # noqa: F401 - a fixture
 from test_recall import record_of
 
 PROMPT = "red apple"
 
 
 @pytest.fixture
-def studio(draw, photo, red, tiny_model, tmp_path):  # noqa: F811
+def studio(draw, photo, red, tiny_model, tmp_path):
     """The command, in a folder with the tiny model, a picture, a mask and a LoRA."""
     (tmp_path / "tiny").symlink_to(tiny_model)
     return draw
@@ -104,7 +103,7 @@ def test_more_pictures_are_drawn_from_one_and_compared_too(studio):
     assert "schedule" not in made("t.png")
 
 
-def test_a_lora_of_another_name_is_found_by_its_hash_and_keeps_its_strength(studio, red):  # noqa: F811
+def test_a_lora_of_another_name_is_found_by_its_hash_and_keeps_its_strength(studio, red):
     studio(PROMPT, "-s", "3", "--steps", "2", "--lora", f"{red}:0.5", "-o", "x.png")
     red.rename("blue.safetensors")
     said = studio("--from-image", "x.png", "--lora", "blue.safetensors", "--verify", model=None)

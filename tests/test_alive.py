@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import Command
 from diffusion import TextToImage, drawing
 from diffusion.models.networks import first_weight
 from diffusion.notices import Repaired
 from families import psnr
-from test_generate_cli import Command
-from test_generate_cli import draw as draw  # a fixture
 
 PROMPT = "red apple"
 

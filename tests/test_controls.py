@@ -8,33 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from commands import made
 from diffusion import TextToImage, drawing, samplers
-from diffusion.models.folder import load_model
 from diffusion.parameters import parse_parameters
 from diffusion.schedules import levels
 from diffusion.settings import Settings
 from families import KINDS, parity, psnr, save, stock
-from test_generate_cli import Command, draw, made  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory):
-    return save("sd1", tmp_path_factory.mktemp("controls") / "sd1")
-
-
-@pytest.fixture
-def photo(tmp_path):
-    """A picture of odd sides, and a mask that opens its right half."""
-    noise = np.random.default_rng(0).integers(0, 256, (19, 21, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "photo.png")
-    mask = Image.new("L", (21, 19), 0)
-    ImageDraw.Draw(mask).rectangle((10, 0, 20, 18), fill=255)
-    mask.save(tmp_path / "mask.png")
-    return tmp_path / "photo.png", tmp_path / "mask.png"
 
 
 def latents(model, **given):
@@ -70,7 +53,7 @@ def test_tiling_leaves_the_model_as_it_was(tiny):
     assert torch.equal(latents(tiny), before)
 
 
-def test_variations_lie_on_the_way_to_another_seed(tiny, draw):  # noqa: F811
+def test_variations_lie_on_the_way_to_another_seed(tiny, draw):
     """(A1111: picture k of a batch is a variation of the same seed, towards variation seed + k.)"""
     given = {"variation_seed": 8, "variation_strength": 0.0}
     assert torch.equal(latents(tiny, **given), latents(tiny))
@@ -100,7 +83,7 @@ def test_noise_on_the_way_is_noise(tiny):
 # --- how
 
 
-def test_sigmas_are_the_levels_that_are_visited(tiny, draw):  # noqa: F811
+def test_sigmas_are_the_levels_that_are_visited(tiny, draw):
     grid = levels(tiny.model.schedule, 4, "karras")
     ratios = [level.ratio for level in grid[:-1]]
     assert torch.allclose(
@@ -126,7 +109,7 @@ def test_guidance_is_rescaled_as_in_the_stock_library(sd1):
     assert psnr(rescaled, picture) > psnr(plain, picture)
 
 
-def test_guidance_may_be_kept_to_an_interval(tiny, draw):  # noqa: F811
+def test_guidance_may_be_kept_to_an_interval(tiny, draw):
     given = {"guidance_scale": 4.0}
     assert torch.equal(latents(tiny, **given, guidance_interval=(0.0, None)), latents(tiny, **given))
     assert torch.equal(latents(tiny, **given, guidance_interval=(1e6, 1e7)), latents(tiny, guidance_scale=1.0))
@@ -145,7 +128,7 @@ def test_guidance_may_be_kept_to_an_interval(tiny, draw):  # noqa: F811
     ],
     ids=str,
 )
-def test_every_flag_is_recorded(draw, words, expected):  # noqa: F811
+def test_every_flag_is_recorded(draw, words, expected):
     said = draw("(red:1.3) apple", *words)
     assert said.code == 0, said.err
     assert expected.items() <= made(said.paths[0]).items()
@@ -161,7 +144,7 @@ def test_brackets_weigh_unless_they_are_literal(tiny):
     assert torch.equal(list(tiny.stream("(red:1) apple", seed=1))[-1].latents, plain)
 
 
-def test_long_prompts_are_read_in_chunks_where_that_is_asked_for(tiny, draw):  # noqa: F811
+def test_long_prompts_are_read_in_chunks_where_that_is_asked_for(tiny, draw):
     long = "red apple, " * 12
     assert draw(long).code == 2
     assert draw(long, "--long-prompts").code == 0
@@ -176,25 +159,6 @@ def test_layers_of_the_text_encoder_are_skipped(tiny):
 
 
 # --- ControlNet
-
-
-@pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    """A stock ControlNet whose branches say something, beside its tiny model, whose latents are an eighth in size."""
-    from diffusers import ControlNetModel
-
-    sd1 = save("sd1", tmp_path_factory.mktemp("control") / "sd1", vae_blocks=4)
-    torch.manual_seed(0)
-    made = ControlNetModel.from_unet(load_model(sd1).unet, conditioning_channels=3)
-    for layer in [*made.controlnet_down_blocks, made.controlnet_mid_block]:
-        torch.nn.init.normal_(layer.weight, std=0.5)
-    for layer in made.controlnet_cond_embedding.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight)
-    with torch.no_grad():
-        made.controlnet_cond_embedding.conv_out.weight *= 4
-    made.save_pretrained(sd1.parent / "net")
-    return sd1.parent / "net"
 
 
 def test_a_controlnet_leads_as_in_the_stock_library(net):
@@ -231,7 +195,7 @@ def test_a_controlnet_leads_as_in_the_stock_library(net):
     assert parse_parameters(ours.info["parameters"])["ControlNet 0"].startswith("Model: net [")
 
 
-def test_a_controlnet_leads_from_the_command_line(draw, net, tmp_path):  # noqa: F811
+def test_a_controlnet_leads_from_the_command_line(draw, net, tmp_path):
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(tmp_path / "e.png")
     sd1, few = net.parent / "sd1", ["-s", "3", "--steps", "2"]
     led = TextToImage.load(sd1, "cpu", "fp32", control=net)
@@ -247,24 +211,7 @@ def test_a_controlnet_leads_from_the_command_line(draw, net, tmp_path):  # noqa:
 # --- LoRAs in prompts
 
 
-@pytest.fixture
-def red(tiny_model, tmp_path):
-    """A LoRA that changes the tiny model a lot."""
-    from diffusion.models import lora
-
-    model = load_model(tiny_model)
-    torch.manual_seed(0)
-    lora.add(model.unet, lora.TARGETS["attention"], 2, 2.0)
-    for name, weight in model.unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
-    lora.save({"unet": model.unet}, tmp_path / "loras" / "red", kohya=False)
-    (tmp_path / "loras/red/pytorch_lora_weights.safetensors").rename(tmp_path / "loras/red.safetensors")
-    (tmp_path / "loras/red").rmdir()
-    return tmp_path / "loras/red.safetensors"
-
-
-def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):  # noqa: F811
+def test_a_prompt_may_put_a_lora_on_the_model(draw, red, tiny):
     words = ("-s", "1", "--steps", "2")
     plain = draw(PROMPT, *words)
     tagged = draw(f"{PROMPT} <lora:red:0.5>", *words)
@@ -301,7 +248,7 @@ def test_the_pictures_of_the_families_are_the_stock_librarys(tmp_path, family, s
     assert parity(save(family, tmp_path / family), sampler, steps=8) >= 60
 
 
-def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
+def test_what_does_not_go_together_is_one_line(draw, photo):
     image, mask = (str(path) for path in photo)
     for words, message in [
         (["--mask", mask], "mask needs a picture"),
@@ -338,7 +285,7 @@ def test_what_does_not_go_together_is_one_line(draw, photo):  # noqa: F811
         (["(a:nan)"], "no finite number"),
         (["<lora:nowhere:1>"], "'nowhere', which is not in loras/"),
         (["-n", "<lora:x>"], "belongs into the prompt"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt is not there"),
     ]:
         said = draw("a", *words)
         assert (said.code, said.out) == (2, ""), (words, said.err)

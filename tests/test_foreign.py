@@ -8,7 +8,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusion import foreign
 from diffusion.records import read_record, recall
-from test_generate_cli import draw  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
 
@@ -338,7 +337,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("texts", "message"), UNREADABLE, ids=[str(number) for number in range(len(UNREADABLE))])
-def test_what_cannot_be_read_is_one_line(draw, tmp_path, texts, message):  # noqa: F811
+def test_what_cannot_be_read_is_one_line(draw, tmp_path, texts, message):
     path = png(tmp_path / "x.png", **texts)
     with pytest.raises(ValueError, match=r"x\.png") as caught:
         recall(path)

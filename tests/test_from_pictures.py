@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import made
 from diffusion import TextToImage, drawing
 from diffusion.canvas import Canvas, make_canvas, soften
 from diffusion.images import read_metadata
@@ -15,8 +16,7 @@ from diffusion.repair import Batch, Repairs
 from diffusion.schedules import levels
 from diffusion.settings import Settings
 from families import psnr, save, stock
-from test_controls import latents, photo, sd1  # noqa: F401 - fixtures
-from test_generate_cli import draw, made  # noqa: F401 - a fixture
+from test_controls import latents
 
 PROMPT = "red apple"
 
@@ -24,7 +24,7 @@ PROMPT = "red apple"
 # --- drawn over
 
 
-def test_a_picture_is_drawn_over_as_the_stock_library_does(sd1, tmp_path):  # noqa: F811
+def test_a_picture_is_drawn_over_as_the_stock_library_does(sd1, tmp_path):
     from diffusers import StableDiffusionImg2ImgPipeline
 
     theirs = StableDiffusionImg2ImgPipeline(**stock(sd1).components)
@@ -44,7 +44,7 @@ def test_a_picture_is_drawn_over_as_the_stock_library_does(sd1, tmp_path):  # no
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
-def test_as_many_steps_are_done_as_were_asked_for(draw, photo, strength):  # noqa: F811
+def test_as_many_steps_are_done_as_were_asked_for(draw, photo, strength):
     said = draw(PROMPT, "-i", str(photo[0]), "--strength", str(strength), "--steps", "5", "--json")
     assert [event["event"] for event in said.events].count("step") == 5
     path = said.events[-1]["path"]
@@ -72,7 +72,7 @@ def test_a_size_fits_the_picture_without_stretching_it(tiny):
 # --- a mask, and beyond the edges
 
 
-def test_what_the_mask_keeps_stays_to_the_last_bit(draw, photo):  # noqa: F811
+def test_what_the_mask_keeps_stays_to_the_last_bit(draw, photo):
     image, mask = photo
     said = draw(PROMPT, "-i", str(image), "--mask", str(mask), "--mask-blur", "3", "-s", "2", "-o", "out.png")
     assert said.code == 0, said.err
@@ -128,7 +128,7 @@ def test_any_bright_colour_opens_and_a_mask_may_be_of_another_size(tmp_path):
         assert not found[:, :7].any()
 
 
-def test_how_softly_a_mask_ends_is_what_was_asked_for(tiny, draw, photo):  # noqa: F811
+def test_how_softly_a_mask_ends_is_what_was_asked_for(tiny, draw, photo):
     image, mask = photo
     few = ("-i", str(image), "--mask", str(mask), "-s", "2", "--steps", "1")
     pictures = {blur: np.asarray(Image.open(draw(PROMPT, *few, "--mask-blur", blur).paths[0])) for blur in ("0", "8")}
@@ -146,7 +146,7 @@ def test_a_cell_is_as_open_as_its_most_open_pixel():
     assert np.allclose(cells, [[1, 0], [0, 0.2]])
 
 
-def test_what_is_beyond_a_picture_begins_as_its_edge(tiny, photo):  # noqa: F811
+def test_what_is_beyond_a_picture_begins_as_its_edge(tiny, photo):
     given = {"init_image": photo[0], "extend": (4, 0, 0, 3), "mask_blur": 0}
     board = make_canvas(Settings(prompts=("",), **given, width=25, height=22, seed=0), 2)
     inside = np.asarray(Image.open(photo[0]))
@@ -171,7 +171,7 @@ def test_the_part_that_is_kept_leads_the_part_that_is_drawn(tiny, monkeypatch):
         assert not torch.allclose(step.latents[..., 4:], wanted[..., 4:], atol=1e-2)
 
 
-def test_a_picture_is_extended_around_itself(draw, photo):  # noqa: F811
+def test_a_picture_is_extended_around_itself(draw, photo):
     said = draw(PROMPT, "-i", str(photo[0]), "--extend", "left=6,bottom=5", "-s", "2", "-o", "out.png")
     assert said.code == 0, said.err
     before, after = np.asarray(Image.open(photo[0])), np.asarray(Image.open(said.paths[0]))
@@ -183,7 +183,7 @@ def test_a_picture_is_extended_around_itself(draw, photo):  # noqa: F811
 # --- larger
 
 
-def test_hires_draws_twice_and_ends_larger(draw):  # noqa: F811
+def test_hires_draws_twice_and_ends_larger(draw):
     said = draw(PROMPT, "--hires", "1.5", "--hires-strength", "0.4", "--steps", "3", "-s", "1", "--json")
     assert [event["index"] for event in said.events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     path = said.events[-1]["path"]
@@ -195,7 +195,7 @@ def test_hires_draws_twice_and_ends_larger(draw):  # noqa: F811
     assert (shown["Hires upscale"], shown["Denoising strength"], shown["Size"]) == ("1.5", "0.4", "16x16")
 
 
-def test_hires_of_an_odd_picture_is_so_many_times_as_large(tiny, draw, photo):  # noqa: F811
+def test_hires_of_an_odd_picture_is_so_many_times_as_large(tiny, draw, photo):
     smooth = Image.open(photo[0]).resize((101, 77), Image.Resampling.BICUBIC)
     (ours,) = tiny(PROMPT, init_image=smooth, strength=0.004, hires=2, hires_strength=0.004, seed=1, steps=1)
     assert ours.size == (202, 154)

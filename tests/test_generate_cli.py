@@ -1,59 +1,20 @@
 """generate.py as its users meet it: flags, exit codes, what goes to which stream, and what is loaded when."""
 
 import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from commands import Command, made, process
 from diffusion import TextToImage
-from diffusion.cli.generate import run
 from diffusion.images import read_metadata
 from families import psnr
 
-ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "PIL", "pydantic", "transformers", "diffusers", "tqdm")
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def paths(self) -> list[Path]:
-        return [Path(line) for line in self.out.splitlines()]
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def draw(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
-    """The command in this process, on the tiny model, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words: str, model: Path = tiny_model) -> Said:
-        code = run([*(["--model", str(model)] if model else []), *words], prog="generate.py")
-        return Said(code, *capsys.readouterr())
-
-    return command
-
-
-def made(path: Path) -> dict[str, Any]:
-    return read_metadata(path)["diffusion"]
 
 
 # --- what is drawn
@@ -321,13 +282,6 @@ def test_pictures_of_finished_batches_stay_and_ctrl_c_is_130(draw: Command, monk
 
 
 # --- the process
-
-
-def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # the command sees to its own silence
-    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "generate.py")]), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from commands import Command
 from diffusion import TextToImage, __version__, images, sheets
 from diffusion.images import check_output, parse_output, read_metadata, save_image
 from diffusion.parameters import format_parameters, parse_parameters
-from test_generate_cli import Command, draw  # noqa: F401 - a fixture
 
 MADE = {
     "prompt": 'a "red", apple: 火\nsecond line',
@@ -226,7 +226,7 @@ def test_a_gif_is_marked_and_every_reader_of_blocks_finds_its_frames(tmp_path: P
             ]
 
 
-def test_all_that_a_call_writes_is_marked(draw: Command) -> None:  # noqa: F811
+def test_all_that_a_call_writes_is_marked(draw: Command) -> None:
     words = ("red apple", "--steps", "2", "--seed", "1")
     one = draw(*words, "-o", "a.png", "--preview", "p.png", "--grid", "g.jpg", "--film", "f.webp")
     assert [source_of(path) for path in (*one.paths, Path("p.png"))] == [DRAWN] * 4
@@ -239,7 +239,7 @@ def test_all_that_a_call_writes_is_marked(draw: Command) -> None:  # noqa: F811
     assert [source_of(path) for path in (*bare.paths, Path("p.png"))] == [None] * 4
 
 
-def test_an_animation_says_how_it_was_made_unless_it_is_not_to(draw: Command) -> None:  # noqa: F811
+def test_an_animation_says_how_it_was_made_unless_it_is_not_to(draw: Command) -> None:
     words = ("red apple", "--to-prompt", "blue boat", "--frames", "2", "--steps", "1", "-s", "1", "-o", "way.gif")
     assert draw(*words).code == 0
     with Image.open("way.gif") as film:
@@ -252,7 +252,7 @@ def test_an_animation_says_how_it_was_made_unless_it_is_not_to(draw: Command) ->
     assert b"XMP" not in Path("way.gif").read_bytes()
 
 
-def test_the_pictures_of_a_list_are_marked_row_by_row(draw: Command) -> None:  # noqa: F811
+def test_the_pictures_of_a_list_are_marked_row_by_row(draw: Command) -> None:
     draw("red apple", "--steps", "1", "--seed", "1", "-o", "a.png")
     Path("rows.txt").write_text("red apple\nblue boat --init_image a.png\n")
     said = draw("--prompts", "rows.txt", "--steps", "1", "--seed", "1", "-o", "out/", "--preview", "p.png")

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from commands import ROOT, made
 from diffusion import TextToImage, manifest
 from diffusion.cli import jobs as command
 from diffusion.cli import listed
 from diffusion.jobs import choose, read_jobs, run_jobs
-from test_controls import red  # noqa: F401 - a fixture
-from test_generate_cli import ROOT, draw, made  # noqa: F401 - a fixture
 
 
 def written(folder: str | Path = "out") -> list[dict]:
@@ -32,7 +31,7 @@ def listing(name: str, *rows: str | dict) -> str:
 # --- what is drawn
 
 
-def test_a_row_is_what_the_command_line_with_its_flags_is(draw):  # noqa: F811
+def test_a_row_is_what_the_command_line_with_its_flags_is(draw):
     assert draw("red cat", "-s", "1", "-o", "first.png").code == 0
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 16, 8))
@@ -56,7 +55,7 @@ def test_a_row_is_what_the_command_line_with_its_flags_is(draw):  # noqa: F811
     assert [one["seed"] for one in written()[-1]["images"]] == [3, 4]
 
 
-def test_neighbours_that_are_alike_are_drawn_together_and_choices_stay_what_they_were(draw):  # noqa: F811
+def test_neighbours_that_are_alike_are_drawn_together_and_choices_stay_what_they_were(draw):
     listing("list.txt", "# all", "{red|blue} cat", "green {boat|apple}", "cat --seed 7", "house")
     words = ("--prompts", "list.txt", "-s", "5", "--steps", "1", "-o", "out/")
     said = draw(*words, "--grid", "grid.png", "--json")
@@ -87,7 +86,7 @@ def test_rows_are_drawn_in_python(tiny_model, tmp_path):
     assert [step.index for step in model.run(row.settings())] == [1]
 
 
-def test_a_row_that_fails_while_it_is_drawn_is_1_and_its_batch_goes_on(draw, monkeypatch):  # noqa: F811
+def test_a_row_that_fails_while_it_is_drawn_is_1_and_its_batch_goes_on(draw, monkeypatch):
     from diffusion.drawing import Drawing
 
     monkeypatch.setattr(Drawing, "_condition", _poisoned(Drawing._condition))
@@ -113,7 +112,7 @@ def _poisoned(condition):
 # --- going on
 
 
-def test_resume_does_what_is_not_done_or_has_changed_or_is_gone(draw, monkeypatch):  # noqa: F811
+def test_resume_does_what_is_not_done_or_has_changed_or_is_gone(draw, monkeypatch):
     words = ("--prompts", "list.txt", "--steps", "1", "-o", "out/", "--resume")
     drawn = lambda: [made(path)["prompt"] for path in draw(*words).paths]  # noqa: E731
     listing("list.txt", "red {cat|boat}", "green", "green", "blue")
@@ -133,7 +132,7 @@ def test_resume_does_what_is_not_done_or_has_changed_or_is_gone(draw, monkeypatc
     assert draw(*words, "--cfg", "2").paths, "another call is another picture"
 
 
-def test_a_row_is_known_by_all_that_it_asks_for_and_by_nothing_else(tiny_model, red, tmp_path, monkeypatch):  # noqa: F811
+def test_a_row_is_known_by_all_that_it_asks_for_and_by_nothing_else(tiny_model, red, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").symlink_to(tiny_model)
     (tmp_path / "net").mkdir()
@@ -177,7 +176,7 @@ def _only_without_weights(self, *, weights):
     return command.request.load_model(self.args, self.model, self.loras, weights=False)
 
 
-def test_a_torn_last_line_counts_as_not_there(draw):  # noqa: F811
+def test_a_torn_last_line_counts_as_not_there(draw):
     words = ("--prompts", listing("list.txt", "red", "blue --seed 3"), "-s", "1", "--steps", "1", "-o", "out/")
     assert draw(*words).code == 0
     file = Path("out/manifest.jsonl")
@@ -194,7 +193,7 @@ def start(tiny_model, *words, **environment):
     return subprocess.Popen(command, env=os.environ | environment, **pipes)
 
 
-def test_a_kill_loses_no_row_but_the_one_in_work(tiny_model, tmp_path, monkeypatch, draw):  # noqa: F811
+def test_a_kill_loses_no_row_but_the_one_in_work(tiny_model, tmp_path, monkeypatch, draw):
     rows = [{"prompt": "red cat", "seed": seed, "steps": 20} for seed in range(24)]
     words = ("--prompts", listing("rows.jsonl", *rows), "-o", "out/")
     process = start(tiny_model, *words)
@@ -236,7 +235,7 @@ def test_launched_processes_share_a_list(tiny_model, tmp_path, monkeypatch):
     assert len(list(Path("out").glob("*.png"))) == 12
 
 
-def test_the_last_process_tells_how_the_list_has_ended(draw, monkeypatch):  # noqa: F811
+def test_the_last_process_tells_how_the_list_has_ended(draw, monkeypatch):
     """A launcher ends all processes as soon as one of them has another exit code than 0."""
     monkeypatch.setattr(manifest.Manifest, "_begin", lambda self: 0)  # as of processes that began together
     rows = [{"prompt": "red cat"}, {"prompt": "boat", "steps": 0}, {"prompt": "boat"}]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from commands import made
 from diffusion import prompts
 from diffusion.jobs import choose, read_jobs
 from diffusion.options import read_line
 from diffusion.settings import Settings
-from test_generate_cli import draw, made  # noqa: F401 - a fixture
 from test_jobs import listing, written
 
 # --- what lines say
@@ -85,7 +85,7 @@ def test_three_formats_say_the_same(tmp_path):
     assert found[0][1] == Settings(prompts=("a dog",), seed=9)
 
 
-def test_lists_of_prompts_draw_their_choices(draw, tmp_path):  # noqa: F811
+def test_lists_of_prompts_draw_their_choices(draw, tmp_path):
     (tmp_path / "wildcards").mkdir()
     (tmp_path / "wildcards/thing.txt").write_text("boat\ncat\n")
     (tmp_path / "list.txt").write_text("# a list\n{red|blue} __thing__\n\ngreen {apple|house}\n")
@@ -126,7 +126,7 @@ def test_lists_of_prompts_draw_their_choices(draw, tmp_path):  # noqa: F811
     ],
 )
 def test_a_file_that_is_wrong_as_a_whole_is_one_line_and_loads_nothing(
-    draw,  # noqa: F811
+    draw,
     monkeypatch,
     name,
     text,
@@ -167,7 +167,7 @@ WRONG = [
 ]
 
 
-def test_a_wrong_row_is_told_and_spoils_no_other(draw):  # noqa: F811
+def test_a_wrong_row_is_told_and_spoils_no_other(draw):
     good = {"prompt": "red apple", "output": "one.png"}, {"prompt": "green apple"}
     listing("rows.jsonl", good[0], *(row for row, _ in WRONG), good[1])
     words = ("--prompts", "rows.jsonl", "-o", "out/", "-s", "1", "--steps", "1")
@@ -200,7 +200,7 @@ def test_a_wrong_row_is_told_and_spoils_no_other(draw):  # noqa: F811
         assert (settings["prompt"], settings["steps"], settings["seed"]) == (event["prompt"], 1, 1)
 
 
-def test_where_no_row_is_right_nothing_is_loaded(draw, monkeypatch):  # noqa: F811
+def test_where_no_row_is_right_nothing_is_loaded(draw, monkeypatch):
     monkeypatch.setattr("diffusion.cli.request.load_model", None)
     said = draw("--prompts", listing("rows.jsonl", {"prompt": "a", "steps": 0}, {"prompt": ""}), "--cfg", "nan")
     assert said.code == 2
@@ -221,7 +221,7 @@ def test_where_no_row_is_right_nothing_is_loaded(draw, monkeypatch):  # noqa: F8
         (["--prompts", "l.txt", "--num-images", "0"], "num_images must be at least 1"),
     ],
 )
-def test_what_a_list_cannot_do_is_refused_at_once(draw, words, message):  # noqa: F811
+def test_what_a_list_cannot_do_is_refused_at_once(draw, words, message):
     listing("l.txt", "red", "green")
     said = draw(*words)
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)

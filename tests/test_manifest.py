@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+from commands import ROOT
 from diffusion import manifest
-from test_generate_cli import ROOT
 
 KEY, OTHER = "ab" * 32, "ac" * 32  # that begin alike
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import ROOT, Command
 from diffusion import TextToImage, loading, memory
 from diffusion.models.folder import load_model
 from diffusion.models.networks import tiled
@@ -19,8 +20,6 @@ from diffusion.settings import Settings
 from families import psnr, save
 from test_alive import PROMPT
 from test_alive import tiny as tiny  # a fixture
-from test_generate_cli import ROOT, Command
-from test_generate_cli import draw as draw  # a fixture
 
 
 def environment() -> dict[str, str]:

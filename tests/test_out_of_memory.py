@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import Command
 from diffusion import TextToImage, loading, memory, repair
 from diffusion.notices import Repaired
 from diffusion.repair import Batch, Repairs
@@ -17,8 +18,6 @@ from diffusion.settings import Shot
 from test_alive import PROMPT, SAID, failing, fails, repairs_of, weights_of
 from test_alive import half as half  # a fixture
 from test_alive import tiny as tiny  # a fixture
-from test_generate_cli import Command
-from test_generate_cli import draw as draw  # a fixture
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from diffusion.notices import Flagged, Repaired
 from diffusion.settings import Settings
 from diffusion.studio import Form, Studio, troubles, words
 from test_alive import failing, fails
-from test_controls import photo, red  # noqa: F401 - fixtures
 from test_speed import modules_after
 
 
@@ -139,7 +138,7 @@ def test_each_picture_of_a_call_has_its_own_line(studio):
     assert len(studio.pictures(2)) == 2
 
 
-def test_pictures_that_are_given_are_kept_for_the_line(studio, photo):  # noqa: F811
+def test_pictures_that_are_given_are_kept_for_the_line(studio, photo):
     picture, mask = (Image.open(path) for path in photo)
     form = Form(prompt="red cat", seed="1", init_image=picture, mask=mask)
     for _ in range(2):
@@ -156,7 +155,7 @@ def test_pictures_that_are_given_are_kept_for_the_line(studio, photo):  # noqa: 
         studio.command(path)
 
 
-def test_what_the_page_was_started_with_is_in_the_line(tiny_model, red, tmp_path, monkeypatch):  # noqa: F811
+def test_what_the_page_was_started_with_is_in_the_line(tiny_model, red, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loras = {"loras/red.safetensors": 0.25}
     model = TextToImage.load(tiny_model, "cpu", "bf16", loras)
@@ -246,7 +245,7 @@ def test_only_files_are_on_the_shelf(studio):
     assert studio.pictures(9) == list(last.files)
 
 
-def test_a_record_names_pictures_of_its_own_folder_only(studio, photo):  # noqa: F811
+def test_a_record_names_pictures_of_its_own_folder_only(studio, photo):
     *_, last = studio.draw(Form(prompt="red cat", seed="1", init_image=Image.open(photo[0])))
     (kept,) = Path("outputs/inputs").iterdir()
     Path("away").mkdir()

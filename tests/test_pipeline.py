@@ -21,11 +21,6 @@ from diffusion.settings import Settings, Shot
 PROMPT = "a red apple"
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_model: Path) -> TextToImage:
-    return TextToImage.load(tiny_model, "cpu", "fp32")
-
-
 def psnr(one: Image.Image, other: Image.Image) -> float:
     """Decibels over 8-bit pixels; infinite where they are the same."""
     error = np.square(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).mean()

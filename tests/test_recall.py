@@ -14,7 +14,6 @@ from diffusion.images import read_metadata, save_image
 from diffusion.places import hash_files, weight_files
 from diffusion.records import recall
 from families import save
-from test_controls import photo, red  # noqa: F401 - fixtures
 from test_foreign import INPAINTED, NEWER, png
 
 PROMPT = "red apple"
@@ -129,7 +128,7 @@ def test_one_file_is_found_by_its_name_and_automatic1111s_hash(apple, tmp_path):
     assert any("the model tiny has the hash" in note and digest[:10] in note for note in other.notes)
 
 
-def test_loras_are_found_by_name_or_hash(apple, red, tmp_path):  # noqa: F811
+def test_loras_are_found_by_name_or_hash(apple, red, tmp_path):
     hashed = hash_files([red])
     path = record_of(apple, loras=[{"name": "red", "weight": 0.5, "hash": hashed}])
     assert recall(path).loras == {"loras/red.safetensors": 0.5}
@@ -146,7 +145,7 @@ def test_loras_are_found_by_name_or_hash(apple, red, tmp_path):  # noqa: F811
         recall(record_of(apple, loras=[{"name": "../red", "weight": 1}]))
 
 
-def test_loras_of_the_prompt_are_compared(apple, red):  # noqa: F811
+def test_loras_of_the_prompt_are_compared(apple, red):
     data = red.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     tagged = {"prompt": "red apple <lora:red:0.5>"}
@@ -159,7 +158,7 @@ def test_loras_of_the_prompt_are_compared(apple, red):  # noqa: F811
     assert recall(path, prompts=("blue boat",)).notes == ()
 
 
-def test_a_picture_to_begin_from_is_the_same_one(tiny, apple, photo, tmp_path):  # noqa: F811
+def test_a_picture_to_begin_from_is_the_same_one(tiny, apple, photo, tmp_path):
     begun = save_image(tiny(PROMPT, seed=3, steps=1, init_image=photo[0], mask=photo[1])[0], tmp_path / "sub/begun.png")
     assert recall(begun).settings.init_image == "photo.png"
     photo[0].rename(tmp_path / "sub/photo.png")
@@ -219,7 +218,7 @@ def test_a_record_that_cannot_be_met_is_one_line(apple, changes, message):
     assert message in str(caught.value)
 
 
-def test_what_is_given_is_looked_for_where_it_is(apple, red, tmp_path):  # noqa: F811
+def test_what_is_given_is_looked_for_where_it_is(apple, red, tmp_path):
     """A model that is not here yet, LoRAs of any name, folders of another machine, a ControlNet beside the picture."""
     assert recall(apple, model="owner/name").model == "owner/name", "what loads it finds it, or says what is wrong"
     assert recall(record_of(apple, prediction="epsilon")).options["prediction"] == "epsilon"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from commands import made
 from diffusion import TextToImage
 from diffusion.images import read_metadata
 from diffusion.models.folder import load_model
@@ -15,15 +16,8 @@ from diffusion.parameters import parse_parameters
 from diffusion.places import title_of
 from diffusion.settings import PICTURES, Settings
 from families import save
-from test_controls import photo, red  # noqa: F401 - fixtures
-from test_generate_cli import draw, made  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return TextToImage.load(tiny_model, "cpu", "fp32")
 
 
 def again(model, record, **pictures):
@@ -50,7 +44,7 @@ def again(model, record, **pictures):
     ],
     ids=str,
 )
-def test_a_record_makes_the_picture_again(tiny, photo, given):  # noqa: F811
+def test_a_record_makes_the_picture_again(tiny, photo, given):
     pictures = {name: path for name, path in zip(("init_image", "mask"), photo, strict=True) if name in given}
     for image in tiny(PROMPT, seed=1, steps=None if "sigmas" in given else 2, **given | pictures):
         record = json.loads(image.info["diffusion"])
@@ -59,7 +53,7 @@ def test_a_record_makes_the_picture_again(tiny, photo, given):  # noqa: F811
         assert found.info == image.info
 
 
-def test_what_a_prompt_puts_on_is_put_on_once(draw, red, tiny_model):  # noqa: F811
+def test_what_a_prompt_puts_on_is_put_on_once(draw, red, tiny_model):
     said = draw(f"{PROMPT} <lora:red:0.5>", "--lora", f"{red}:0.25", "-s", "1", "--steps", "2")
     record = made(said.paths[0])
     assert [one["weight"] for one in record["loras"]] == [0.25]
@@ -71,7 +65,7 @@ def test_what_a_prompt_puts_on_is_put_on_once(draw, red, tiny_model):  # noqa: F
     assert hashes == f"red: {record['loras'][0]['hash']}", "once, though it is on it twice"
 
 
-def test_what_the_network_puts_out_is_recorded_where_it_was_said(draw, tiny_model):  # noqa: F811
+def test_what_the_network_puts_out_is_recorded_where_it_was_said(draw, tiny_model):
     words = (PROMPT, "-s", "1", "--steps", "2")
     plain, told = draw(*words), draw(*words, "--prediction", "epsilon")
     assert "prediction" not in made(plain.paths[0])
@@ -83,7 +77,7 @@ def test_what_the_network_puts_out_is_recorded_where_it_was_said(draw, tiny_mode
     assert draw(*words, "--prediction", "x").code == 2
 
 
-def test_a_model_is_called_what_people_call_it(draw, tiny_model, tmp_path):  # noqa: F811
+def test_a_model_is_called_what_people_call_it(draw, tiny_model, tmp_path):
     from diffusion.interop import save_single_file
 
     snapshot = tmp_path / "models--owner--my--name" / "snapshots" / "0123abc"
@@ -97,7 +91,7 @@ def test_a_model_is_called_what_people_call_it(draw, tiny_model, tmp_path):  # n
     assert parse_parameters(read_metadata(said.paths[0])["parameters"])["Model"] == "one.v2"
 
 
-def test_offline_asks_nobody(draw, monkeypatch):  # noqa: F811
+def test_offline_asks_nobody(draw, monkeypatch):
     asked = []
 
     def snapshot(name, local):
@@ -113,7 +107,7 @@ def test_offline_asks_nobody(draw, monkeypatch):  # noqa: F811
     assert asked == [True, True]
 
 
-def test_other_programs_see_what_made_it(tiny, photo):  # noqa: F811
+def test_other_programs_see_what_made_it(tiny, photo):
     def shown(**given):
         return parse_parameters(tiny(PROMPT, seed=1, steps=given.pop("steps", 1), **given)[0].info["parameters"])
 
@@ -126,7 +120,7 @@ def test_other_programs_see_what_made_it(tiny, photo):  # noqa: F811
     assert shown(init_image=photo[0], mask=photo[1])["Mask blur"] == "4.0"
 
 
-def test_a_sheet_carries_the_settings_of_its_call(draw):  # noqa: F811
+def test_a_sheet_carries_the_settings_of_its_call(draw):
     words = (PROMPT, "blue boat", "-s", "3", "--num-images", "2", "--steps", "1", "-o", "some/")
     for sheet in ("grid.png", "grid.jpg", "grid.webp"):
         assert draw(*words, "--grid", sheet).code == 0
@@ -139,7 +133,7 @@ def test_a_sheet_carries_the_settings_of_its_call(draw):  # noqa: F811
     assert read_metadata("bare.png") == {}
 
 
-def test_a_strip_and_the_frames_of_a_call_carry_theirs(draw):  # noqa: F811
+def test_a_strip_and_the_frames_of_a_call_carry_theirs(draw):
     assert draw(PROMPT, "-s", "3", "--steps", "2", "--film", "film.png").code == 0
     assert made("film.png")["seed"] == 3
     assert draw(PROMPT, "-s", "3", "--steps", "2", "--film", "bare.png", "--no-metadata").code == 0

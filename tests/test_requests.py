@@ -11,25 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from commands import made, process
 from diffusion import TextToImage
 from diffusion.comparison import variants
 from diffusion.interop import outline_model, save_single_file
 from diffusion.models.folder import load_model
 from diffusion.settings import Settings
 from families import save
-from test_controls import net, photo, red  # noqa: F401 - fixtures
-from test_generate_cli import Command, draw, made, process  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return TextToImage.load(tiny_model, "cpu", "fp32")
-
-
 @pytest.fixture
-def files(photo, tmp_path):  # noqa: F811
+def files(photo, tmp_path):
     """Pictures that are and that are none, and what else a flag may name; by name, in the folder of the command."""
     Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "big.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:2000])
@@ -124,7 +118,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: " ".join(value)[:50] if value else "")
-def test_a_run_and_a_dry_run_refuse_alike(draw, files, words, message):  # noqa: F811
+def test_a_run_and_a_dry_run_refuse_alike(draw, files, words, message):
     (files / "list.txt").write_text("red\n")
     words = words if not words[0].startswith("-") else [PROMPT, *words]
     before = sorted(files.rglob("*"))
@@ -218,7 +212,7 @@ def test_a_name_with_a_schedule_is_compared_with_its_schedule():
         variants(Settings(prompts=("a",), sampler="DPM++ 2M Karras"), {"sampler": ["ddim"]})
 
 
-def test_an_empty_value_is_compared_too(draw):  # noqa: F811
+def test_an_empty_value_is_compared_too(draw):
     said = draw(PROMPT, "--compare", "negative_prompt=,blue boat", "-s", "1", "--steps", "1", "-o", "x.png")
     assert said.code == 0, said.err
     assert made("x.png")["compare"] == {"negative_prompt": ["", "blue boat"]}
@@ -227,7 +221,7 @@ def test_an_empty_value_is_compared_too(draw):  # noqa: F811
 # --- ControlNets
 
 
-def test_a_controlnet_that_does_not_belong_is_refused(draw, net, files, tmp_path):  # noqa: F811
+def test_a_controlnet_that_does_not_belong_is_refused(draw, net, files, tmp_path):
     sd1, words = net.parent / "sd1", [PROMPT, "--control-image", "photo.png", "-i", "photo.png", "--dry-run"]
     assert draw(*words, "--control", str(net), model=sd1).code == 0
 
@@ -254,7 +248,7 @@ def test_a_controlnet_that_does_not_belong_is_refused(draw, net, files, tmp_path
 # --- what a dry run knows
 
 
-def test_a_dry_run_reads_no_weights_and_says_all_that_it_knows(draw, tiny_model, red, photo, tmp_path):  # noqa: F811
+def test_a_dry_run_reads_no_weights_and_says_all_that_it_knows(draw, tiny_model, red, photo, tmp_path):
     folder = tmp_path / "hollow"
     shutil.copytree(tiny_model, folder)
     for file in folder.rglob("*.safetensors"):
@@ -291,7 +285,7 @@ def test_an_outline_is_the_model_without_its_weights(family, tmp_path):
     assert outline_model(folder, "v_prediction").prediction == "v_prediction"
 
 
-def test_a_single_file_draws_in_the_multiples_that_it_holds(draw, tiny_model, tmp_path):  # noqa: F811
+def test_a_single_file_draws_in_the_multiples_that_it_holds(draw, tiny_model, tmp_path):
     save("sd1", tmp_path / "sd1")
     save_single_file(load_model(tmp_path / "sd1"), tmp_path / "one.safetensors")
     words = [PROMPT, "-H", "32", "--steps", "1"]
@@ -300,14 +294,14 @@ def test_a_single_file_draws_in_the_multiples_that_it_holds(draw, tiny_model, tm
     assert "not a multiple of 2" in draw(*words, "-W", "31", "--dry-run", model=tmp_path / "one.safetensors").err
 
 
-def test_a_learnt_word_is_told(draw, files):  # noqa: F811
+def test_a_learnt_word_is_told(draw, files):
     for more in ([], ["--dry-run"]):
         said = draw("<it> apple", "--lora", "it.safetensors", "--steps", "1", *more)
         assert said.code == 0, said.err
         assert "it.safetensors: the word <it> of 2 vectors" in said.err
 
 
-def test_what_a_model_is_made_of_is_not_told(draw, tmp_path):  # noqa: F811
+def test_what_a_model_is_made_of_is_not_told(draw, tmp_path):
     """Its own adapters fit; those that are put on it are reported."""
     student, few = Path(__file__).parents[1] / "assets/emoji-fast", ("panda", "-s", "1", "--steps", "1")
     for more in ([], ["--dry-run"]):
@@ -335,14 +329,14 @@ def test_a_model_without_weights_plans_and_draws_nothing(tiny_model):
 # --- how it speaks
 
 
-def test_a_prompt_that_looks_like_a_flag_is_a_prompt(draw):  # noqa: F811
+def test_a_prompt_that_looks_like_a_flag_is_a_prompt(draw):
     said = draw("--steps", "1", "-s", "1", "--", "--json")
     assert said.code == 0, said.err
     assert made(said.paths[0])["prompt"] == "--json"
     assert draw("--steps", "1", "-s", "1", "--", "--quiet").err == ""
 
 
-def test_json_speaks_of_every_kind_of_file(draw):  # noqa: F811
+def test_json_speaks_of_every_kind_of_file(draw):
     few = ("--json", "-s", "1", "--steps", "1")
     for words, kinds in [
         ([PROMPT, "-o", "a.png", "--grid", "g.png", "--film", "f.gif"], [None, "grid", "film"]),
@@ -356,7 +350,7 @@ def test_json_speaks_of_every_kind_of_file(draw):  # noqa: F811
         assert all(Path(event["path"]).is_file() for event in images)
 
 
-def test_quiet_is_quiet_with_a_controlnet(net, photo, tmp_path):  # noqa: F811
+def test_quiet_is_quiet_with_a_controlnet(net, photo, tmp_path):
     sd1 = net.parent / "sd1"
     words = ["-m", str(sd1), "--control", str(net), "--control-image", str(photo[0]), "--steps", "1", "--quiet"]
     done = process("", PROMPT, *words, cwd=tmp_path)

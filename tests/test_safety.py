@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import Command, made, process
 from diffusion import TextToImage, jobs, safety
 from diffusion.images import read_metadata
 from diffusion.notices import Flagged
 from diffusion.records import recall
-from test_generate_cli import Command, draw, made, process  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
 WORDS = (PROMPT, "--steps", "1", "--seed", "7", "--num-images", "2")
@@ -74,7 +74,7 @@ def checks(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("where", ["checks.py:second", "checks:second"])
-def test_what_is_flagged_is_written_as_it_is_and_said(draw: Command, checks: Path, where: str) -> None:  # noqa: F811
+def test_what_is_flagged_is_written_as_it_is_and_said(draw: Command, checks: Path, where: str) -> None:
     plain = draw(*WORDS, "-o", "plain/")
     said = draw(*WORDS, "-o", "out/", "--checker", where)
     assert (said.code, said.out.count("\n")) == (0, 2)
@@ -86,13 +86,13 @@ def test_what_is_flagged_is_written_as_it_is_and_said(draw: Command, checks: Pat
     assert made(said.paths[0]) == made(plain.paths[0]), "the checker is the call's, and not the picture's"
 
 
-def test_quiet_and_bare_pictures_are_flagged_aloud(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_quiet_and_bare_pictures_are_flagged_aloud(draw: Command, checks: Path) -> None:
     said = draw(*WORDS, "--checker", "checks.py:all_of_them", "--quiet", "--no-metadata")
     assert said.err.splitlines() == [f"generate.py: warning: picture of seed {n} is flagged: shy" for n in (7, 8)]
     assert [read_metadata(path) for path in said.paths] == [{}, {}]
 
 
-def test_a_program_hears_of_it_in_an_event(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_a_program_hears_of_it_in_an_event(draw: Command, checks: Path) -> None:
     words = (*WORDS, "--json", "--checker", "checks.py:second")
     events = draw(*words, "-o", "out/").events
     assert [event["event"] for event in events] == ["start", "step", "image", "image", "flagged"]
@@ -102,7 +102,7 @@ def test_a_program_hears_of_it_in_an_event(draw: Command, checks: Path) -> None:
     assert (event["event"], event["path"], event["withheld"], event["seed"]) == ("flagged", None, True, 8)
 
 
-def test_what_is_not_flagged_changes_nothing(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_what_is_not_flagged_changes_nothing(draw: Command, checks: Path) -> None:
     words = ("--checker", "checks.py:none", "--flagged", "withhold")
     said, plain = draw(*WORDS, "-o", "a/", *words), draw(*WORDS, "-o", "b/")
     assert (said.code, said.err) == (0, "")
@@ -112,7 +112,7 @@ def test_what_is_not_flagged_changes_nothing(draw: Command, checks: Path) -> Non
 # --- withheld
 
 
-def test_what_is_withheld_is_written_nowhere(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_what_is_withheld_is_written_nowhere(draw: Command, checks: Path) -> None:
     words = ("--checker", "checks.py:second", "--flagged", "withhold", "--grid", "g.png")
     said = draw(*WORDS, "-o", "out/", *words)
     assert said.code == 1
@@ -130,7 +130,7 @@ def test_what_is_withheld_is_written_nowhere(draw: Command, checks: Path) -> Non
         ["--to-prompt", "blue boat", "--frames", "2", "-o", "way.gif"],
     ],
 )
-def test_no_file_shows_what_is_withheld(draw: Command, checks: Path, words: list[str]) -> None:  # noqa: F811
+def test_no_file_shows_what_is_withheld(draw: Command, checks: Path, words: list[str]) -> None:
     before = sorted(Path().iterdir())
     said = draw(PROMPT, "-s", "7", "--steps", "1", *words, "--checker", "checks:all_of_them", "--flagged", "withhold")
     assert (said.code, said.out) == (1, "")
@@ -138,7 +138,7 @@ def test_no_file_shows_what_is_withheld(draw: Command, checks: Path, words: list
     assert {path for path in Path().iterdir() if path.name != "__pycache__"} <= set(before)
 
 
-def test_a_sheet_says_what_is_flagged_on_it(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_a_sheet_says_what_is_flagged_on_it(draw: Command, checks: Path) -> None:
     words = ("-s", "7", "--compare", "steps=1,2", "--checker", "checks:all_of_them")
     said = draw(PROMPT, *words, "-o", "sheet.png")
     assert (said.code, said.err.count("is flagged: shy")) == (0, 2)
@@ -151,7 +151,7 @@ def test_a_sheet_says_what_is_flagged_on_it(draw: Command, checks: Path) -> None
 
 
 @pytest.mark.parametrize("flagged", ["keep", "withhold"])
-def test_a_list_and_its_manifest(draw: Command, checks: Path, flagged: str) -> None:  # noqa: F811
+def test_a_list_and_its_manifest(draw: Command, checks: Path, flagged: str) -> None:
     Path("rows.txt").write_text(f"{PROMPT} --n_iter 2\nblue boat\n")
     words = ("--prompts", "rows.txt", "-s", "7", "--steps", "1", "-o", "out/", "--checker", "checks:second")
     said = draw(*words, "--flagged", flagged)
@@ -171,7 +171,7 @@ def test_a_list_and_its_manifest(draw: Command, checks: Path, flagged: str) -> N
     assert (again.code, again.events[-1]) == (1, done), "what is missing is missing still"
 
 
-def test_a_list_tells_of_the_row(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_a_list_tells_of_the_row(draw: Command, checks: Path) -> None:
     Path("rows.txt").write_text(f"{PROMPT}\n")
     words = ("--prompts", "rows.txt", "-s", "7", "--steps", "1", "--json", "--grid", "g.png", "--flagged", "withhold")
     said = draw(*words, "--checker", "checks:all_of_them")
@@ -180,7 +180,7 @@ def test_a_list_tells_of_the_row(draw: Command, checks: Path) -> None:  # noqa: 
     assert not Path("g.png").exists()
 
 
-def test_the_last_of_several_processes_tells_of_what_is_withheld(draw: Command, checks: Path, monkeypatch) -> None:  # noqa: F811
+def test_the_last_of_several_processes_tells_of_what_is_withheld(draw: Command, checks: Path, monkeypatch) -> None:
     Path("rows.txt").write_text(f"{PROMPT} --n_iter 2\nblue boat\n")
     words = ("--prompts", "rows.txt", "-s", "7", "--steps", "1", "-o", "out/", "--resume", "--flagged", "withhold")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -191,7 +191,7 @@ def test_the_last_of_several_processes_tells_of_what_is_withheld(draw: Command, 
     assert codes == [0, 1]
 
 
-def test_a_checker_that_breaks_fails_its_rows(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_a_checker_that_breaks_fails_its_rows(draw: Command, checks: Path) -> None:
     Path("rows.txt").write_text(f"{PROMPT}\n")
     said = draw("--prompts", "rows.txt", "-s", "7", "--steps", "1", "--checker", "checks:broken")
     assert said.code == 1
@@ -216,7 +216,7 @@ def test_a_checker_that_breaks_fails_its_rows(draw: Command, checks: Path) -> No
         (".", "holds no safety_checker/"),
     ],
 )
-def test_a_checker_that_is_not_there_is_refused(draw: Command, checks: Path, monkeypatch, where, said) -> None:  # noqa: F811
+def test_a_checker_that_is_not_there_is_refused(draw: Command, checks: Path, monkeypatch, where, said) -> None:
     monkeypatch.setattr("diffusion.cli.request.load_model", None)
     Path("torn.py").write_text("def f(:")
     Path("rows.txt").write_text(f"{PROMPT}\n")
@@ -235,13 +235,13 @@ def test_a_checker_that_is_not_there_is_refused(draw: Command, checks: Path, mon
         (["--checker", "checks:none", "--flagged", "withhold", "--preview", "p.png"], "--preview is written before"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(draw: Command, checks: Path, words: list[str], said: str) -> None:  # noqa: F811
+def test_flags_that_do_not_fit_are_refused(draw: Command, checks: Path, words: list[str], said: str) -> None:
     found = draw(PROMPT, *words)
     assert found.code == 2
     assert said in found.err
 
 
-def test_a_checker_is_read_after_everything_else_is_right(draw: Command, checks: Path) -> None:  # noqa: F811
+def test_a_checker_is_read_after_everything_else_is_right(draw: Command, checks: Path) -> None:
     Path("loud.py").write_text("open('read', 'w').close()\ndef f(images): return [None] * len(images)")
     assert draw(PROMPT, "--steps", "0", "--checker", "loud.py:f").code == 2
     assert not Path("read").exists()
@@ -258,7 +258,7 @@ def test_a_checker_is_read_after_everything_else_is_right(draw: Command, checks:
         ("empty", "checker checks.py:empty answered '': it is to be None, or why it is flagged"),
     ],
 )
-def test_a_checker_that_does_not_say_is_a_failure(draw: Command, checks: Path, name: str, said: str) -> None:  # noqa: F811
+def test_a_checker_that_does_not_say_is_a_failure(draw: Command, checks: Path, name: str, said: str) -> None:
     found = draw(*WORDS, "--checker", f"checks.py:{name}")
     assert (found.code, found.out, found.err) == (1, "", f"generate.py: {said}\n")
 
@@ -266,7 +266,7 @@ def test_a_checker_that_does_not_say_is_a_failure(draw: Command, checks: Path, n
 # --- pictures drawn again
 
 
-def test_a_flagged_picture_is_drawn_again(draw: Command, checks: Path, tiny_model: Path) -> None:  # noqa: F811
+def test_a_flagged_picture_is_drawn_again(draw: Command, checks: Path, tiny_model: Path) -> None:
     words = ("--checker", "checks:all_of_them", "-o", "a.png")
     path = draw(PROMPT, "-s", "7", "--steps", "1", *words).paths[0]
     assert recall(path, model=tiny_model).settings.seed == 7
@@ -337,7 +337,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
-def test_the_stock_checker_flags_and_blackens_nothing(draw: Command, stock: Path, caplog) -> None:  # noqa: F811
+def test_the_stock_checker_flags_and_blackens_nothing(draw: Command, stock: Path, caplog) -> None:
     plain = draw(*WORDS, "-o", "plain/")
     said = draw(*WORDS, "-o", "out/", "--checker", str(stock))
     assert said.code == 0
@@ -367,7 +367,7 @@ def test_reading_the_stock_checker_shows_no_bar(stock: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_stock_folder_that_is_none_is_refused(draw: Command, stock: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_stock_folder_that_is_none_is_refused(draw: Command, stock: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(stock / "safety_checker" / "model.safetensors")

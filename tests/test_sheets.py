@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from commands import made
 from diffusion import TextToImage
 from diffusion.models import previews
 from diffusion.repair import Repairs
-from test_generate_cli import draw, made  # noqa: F401 - a fixture
 
 PROMPT = "red apple"
 
 
-def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):  # noqa: F811
+def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):
     words = (PROMPT, "-s", "1", "--to-prompt", "blue boat", "--to-seed", "5", "--steps", "2")
     said = draw(*words, "--frames", "3", "-o", "f/")
     assert said.code == 0, said.err
@@ -33,7 +33,7 @@ def test_frames_go_from_one_prompt_and_seed_to_another(tiny, draw):  # noqa: F81
         assert opened.n_frames == 3
 
 
-def test_a_film_a_sheet_and_a_preview_are_written(draw):  # noqa: F811
+def test_a_film_a_sheet_and_a_preview_are_written(draw):
     said = draw(PROMPT, "-s", "1", "--steps", "4", "--film", "film.gif", "--preview", "now.png", "-o", "x.png")
     assert said.code == 0, said.err
     assert [str(path) for path in said.paths] == ["x.png", "film.gif"]
@@ -77,7 +77,7 @@ def test_a_model_without_a_fit_gets_one(tiny):
     assert np.array_equal(matrix, previews.fit(tiny.model.vae)), "the same each time"
 
 
-def test_comparing_draws_each_with_the_same_noise(draw, tiny):  # noqa: F811
+def test_comparing_draws_each_with_the_same_noise(draw, tiny):
     said = draw(PROMPT, "-s", "1", "--compare", "steps=1,2", "cfg=1,5", "-o", "sheet.png")
     assert said.code == 0, said.err
     assert said.out == "sheet.png\n"
