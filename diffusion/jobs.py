@@ -5,7 +5,8 @@ A row that is wrong says why (``Row.fault``) and spoils no other; a file that is
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -47,7 +48,7 @@ class Drawer(Protocol):
     def plan(self, wanted: Settings) -> Planned:
         """ValueError for a request that cannot be met."""
 
-    def run(self, wanted: Settings) -> Iterator[Any]:
+    def run(self, wanted: Settings) -> Generator[Any]:
         """Its steps."""
 
 
@@ -143,8 +144,11 @@ def draw(
 ) -> Iterator[Result]:
     """Draw jobs that are alike, at once. Where that fails each is drawn by itself, so that one cannot spoil another."""
     try:
-        steps = watch(model.run(joined(jobs)))
-        drawn = [pair for step in steps if step.images for pair in zip(step.images, step.pictures, strict=True)]
+        with closing(model.run(joined(jobs))) as steps:  # a traceback would keep what it has put on the model
+            done = [step for step in watch(steps) if step.images]
+            drawn = [pair for step in done for pair in zip(step.images, step.pictures, strict=True)]
+    except BrokenPipeError:  # who listens has left, which is no fault of a row
+        raise
     except Exception as error:  # whatever it was, the other rows are still to be drawn
         if len(jobs) == 1:
             yield Result(jobs[0].row, [], [], error)

@@ -87,16 +87,18 @@ class Manifest:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, APPENDING)
 
     def _begin(self) -> int:
-        """Where the lines of this call begin, or of those that are at work already."""
-        if not self._lock(AT_WORK):
+        """Where the lines of this call begin: of one process, or of all that are at work or were launched together."""
+        alone, launch = self._lock(AT_WORK), _launch()
+        if not alone:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
-            began = int(os.pread(self._locks, 32, 0) or 0)
-        else:
-            began = os.fstat(self._file).st_size
+        began, _, theirs = os.pread(self._locks, 256, 0).decode().partition(" ")
+        if alone and (not launch or theirs != launch):
+            began = str(os.fstat(self._file).st_size)
             os.ftruncate(self._locks, 0)
-            os.pwrite(self._locks, str(began).encode(), 0)
+            os.pwrite(self._locks, f"{began} {launch}".encode(), 0)
+        if alone:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
-        return began
+        return int(began or 0)
 
     def _lock(self, byte: int, *, wait: bool = False) -> bool:
         try:
@@ -111,6 +113,12 @@ class Manifest:
         whole = data.rfind(b"\n") + 1
         self._read += whole
         yield from _lines(data[:whole])
+
+
+def _launch() -> str:
+    """What the processes of one launcher have in common; nothing where there is none."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run is None else f"{run} {os.getppid()}"
 
 
 def finished(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What is told of a drawing that did not go as it should: warnings to listen for, and errors known. No torch."""
+"""What is told of a drawing that did not go as it should: warnings to listen for, and errors in a line. No torch."""
 
 import sys
 import warnings
@@ -14,6 +14,10 @@ class Flagged(UserWarning):
     """A checker flagged a picture (see ``safety``)."""
 
 
+class CheckerError(Exception):
+    """A checker failed, or its answers are none."""
+
+
 def tell(warning: Warning) -> None:
     """Warn the code that called this package, every time: a warning that is said once would hide the next picture's."""
     frame = sys._getframe(1)
@@ -23,6 +27,16 @@ def tell(warning: Warning) -> None:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an error says that memory was short: PyTorch has several."""
-    text = str(error).lower()
+    """Whether an error says that memory was short: PyTorch has several, of which not all are errors of their own."""
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def reason(error: Exception) -> str:
+    """A failure in one line: its first, and what to do where that is known."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, CheckerError):
+        return text
+    if is_short(error):
+        return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
+    return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"

@@ -1,7 +1,7 @@
 """From prompts to pictures: ``TextToImage.load("emoji")("a red apple", seed=7)``."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -59,7 +59,8 @@ class Progress:
 class TextToImage:
     """A loaded model that draws. Picture k of each prompt has the seed ``seed + k`` and depends on nothing else.
 
-    One call or stream at a time: what a prompt puts on the model (``<lora:...>``) is on it until its last step.
+    One call or stream at a time, for what a prompt puts on the model (``<lora:...>``) is on it until the last step: a
+    new one ends the one before it.
     """
 
     model: "Model"
@@ -68,6 +69,7 @@ class TextToImage:
     prediction: str | None = None  # what its network puts out, where that was said
     device: torch.device | None = None  # where a model without weights would draw
     checker: Checker | None = None  # what looks at finished pictures (see ``safety``)
+    _running: Generator[Progress] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -133,17 +135,17 @@ class TextToImage:
         batches = (step.images for step in self.stream(prompt, **settings) if step.images is not None)
         return [image for images in batches for image in images]
 
-    def stream(self, prompt: str | Sequence[str] | Settings, **settings: Any) -> Iterator[Progress]:
-        """The same, step by step. To stop early is to stop iterating."""
+    def stream(self, prompt: str | Sequence[str] | Settings, **settings: Any) -> Generator[Progress]:
+        """The same, step by step. To stop early is to stop iterating, and to drop or ``close()`` it."""
         if isinstance(prompt, Settings):
             return self.run(replace(prompt, **settings))
         return self.run(Settings(prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt), **settings))
 
-    def run(self, wanted: Settings) -> Iterator[Progress]:
+    def run(self, wanted: Settings) -> Generator[Progress]:
         """The steps of a checked request."""
         if self.model.device.type == "meta":
             raise ValueError("this model was loaded without its weights: it plans, and draws nothing")
-        return self._drawn(self.plan(wanted))
+        return self._alone(self._drawn(self.plan(wanted)))
 
     def plan(self, wanted: Settings) -> "Drawing":
         """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
@@ -201,7 +203,24 @@ class TextToImage:
 
     # --- how
 
-    def _drawn(self, drawing: "Drawing") -> Iterator[Progress]:
+    def _alone(self, steps: Generator[Progress]) -> Generator[Progress]:
+        """One that is followed no more may still be referred to, by a traceback, and hold what it has put on the model.
+
+        So whoever begins ends it first. ValueError for one that is followed after all.
+        """
+        try:
+            if self._running is not None:
+                self._running.close()
+        except ValueError:  # Python has no other word for it
+            raise ValueError("this model is drawing at this moment: one call at a time") from None
+        self._running = steps
+        with closing(steps):
+            for step in steps:
+                yield step
+                if self._running is not steps:
+                    raise ValueError("another call of the same model has ended this stream: draw one after the other")
+
+    def _drawn(self, drawing: "Drawing") -> Generator[Progress]:
         """Every batch; what fails in one is drawn again in another way, for as long as there is one."""
         from diffusion.repair import FAULTS, Batch, Repairs
 

@@ -189,7 +189,7 @@ def _changes(asked: Mapping[str, Any], given: Mapping[str, Any], gone: set[str])
     for name in sorted(gone & asked.keys()):
         if name not in given and asked[name] not in ("", 0):
             yield f"without {name} {_brief(asked[name])}"
-        elif name in given and given[name] != asked[name]:
+        elif name in given and not _is_same(name, given[name], asked[name]):
             yield f"{name} {_brief(given[name])} in place of {_brief(asked[name])}"
 
 
@@ -305,6 +305,13 @@ def _picture(path: Path, name: str, facts: Any, given: Any, notes: list[str]) ->
 # --- whether it is the same
 
 
+def _is_same(name: str, given: Any, asked: Any) -> bool:
+    """Whether what is given is what is recorded; of pictures the record has only the name and the hash."""
+    if name in PICTURES and given is not None:
+        return _same_picture(given, str(dict(asked).get("sha256", "")))
+    return bool(given == asked)
+
+
 def _same_picture(source: Any, sha256: str) -> bool:
     """By its file, or by its pixels where it was in memory."""
     if facts_of(source)["sha256"] == sha256:
@@ -342,9 +349,12 @@ def _stamped(path: Path) -> tuple[tuple[Path, ...], tuple[int, ...]]:
 
 def _difference(image: Image.Image, path: Path) -> tuple[int | None, float]:
     """The largest difference of a channel, and PSNR in decibels, of a picture and one that is stored."""
-    with Image.open(path) as opened:
-        buffer, stored = io.BytesIO(), np.asarray(opened.convert("RGB"), np.int16)
-        encode(image, buffer, str(opened.format), {})
+    try:
+        with Image.open(path) as opened:
+            buffer, stored = io.BytesIO(), np.asarray(opened.convert("RGB"), np.int16)
+            encode(image, buffer, str(opened.format), {})
+    except OSError as fault:
+        raise OSError(f"{path} cannot be read as a picture ({fault})") from None
     drawn = np.asarray(Image.open(buffer).convert("RGB"), np.int16)
     if drawn.shape != stored.shape:
         return None, 0.0
@@ -357,6 +367,8 @@ def _brief(value: Any) -> str:
     """A value as a line shows it: several prompts with commas between them, nothing as a word."""
     if value is None or value == "":
         return "nothing"
+    if isinstance(value, Mapping) and "sha256" in value:
+        return f"{value.get('name') or 'a picture without a name'} ({str(value['sha256'])[:10]})"
     if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
         value = ", ".join(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -198,6 +198,7 @@ class Repairs:
         dtype = FINER.get(first_weight(self.model.vae).dtype)
         if dtype is None:
             return None
+        undo.close()  # from what the weights were, and not from what is left of them in the precision before
         _cast([self.model.vae], dtype, undo)
         return f"it works in {str(dtype).removeprefix('torch.')}"
 

@@ -15,16 +15,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diffusion.names import did_you_mean
+from diffusion.notices import CheckerError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 STOCK = "safety_checker"  # the folder that stock models keep theirs in
 Checker = Callable[["list[Image.Image]"], Sequence[str | None]]
-
-
-class CheckerError(Exception):
-    """A checker failed, or its answers are none."""
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from commands import made, process
+from diffusion.drawing import Drawing
 from diffusion.images import save_image
 from diffusion.records import read_record
 from families import save
@@ -201,6 +202,35 @@ def test_what_cannot_be_drawn_again_is_one_line(studio, tmp_path, words, message
     assert said.err.count("\n") == 1
     assert message in said.err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_one_that_fails_stops_no_other(studio, monkeypatch):
+    for prompt in ("bad", "good"):
+        studio(prompt, "-s", "3", "--steps", "2", "-o", f"{prompt}.png")
+    condition = Drawing._condition
+
+    def poisoned(self, shot, chunks):
+        if shot.prompt == "bad":
+            raise OSError("out of luck")
+        return condition(self, shot, chunks)
+
+    monkeypatch.setattr(Drawing, "_condition", poisoned)
+    said = studio("--from-image", "bad.png", "good.png", "--verify", model=None)
+    assert (said.code, said.out) == (1, "good.png: identical\n")
+    assert "generate.py: bad.png: out of luck\n" in said.err
+    Path("half.png").write_bytes(Path("good.png").read_bytes()[:-300])
+    said = studio("--from-image", "half.png", "--verify", model=None)
+    assert (said.code, said.out) == (1, "")
+    assert said.err.splitlines()[-1].startswith("generate.py: half.png cannot be read as a picture (")
+
+
+def test_the_very_picture_is_no_change(studio, photo):
+    image, mask = map(str, photo)
+    studio(PROMPT, "-s", "3", "--steps", "2", "-i", image, "--mask", mask, "-o", "x.png")
+    said = studio("--from-image", "x.png", "-i", image, "--mask", mask, "--verify", model=None)
+    assert said.err == "generate.py: from x.png, as diffusion wrote it\n"
+    said = studio("--from-image", "x.png", "-i", "x.png", "--dry-run", model=None)
+    assert f"init_image x.png in place of {Path(image).name} (" in said.err
 
 
 def test_it_is_refused_before_torch_is_loaded(studio):

@@ -107,6 +107,8 @@ def test_a_decoder_in_float16_tries_bfloat16_first_and_its_weights_come_back_who
     assert all(torch.equal(vae.state_dict()[name], weight) for name, weight in before.items()), (
         "bfloat16 would lose bits"
     )
+    vae.float()
+    assert tiny(PROMPT, seed=1)[0].tobytes() == mended.tobytes(), "and so it would on the way to float32"
 
 
 def test_a_unet_that_fails_draws_the_batch_again_from_the_same_noise(half: TextToImage, tiny: TextToImage) -> None:

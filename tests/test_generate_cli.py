@@ -298,6 +298,27 @@ def test_nothing_heavy_is_loaded_for_a_quick_answer(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_ctrl_c_ends_it_while_libraries_are_imported_whatever_they_do_with_exceptions(tiny_model: Path) -> None:
+    code = """
+import os, signal, sys, time
+from diffusion.cli import request
+from diffusion.cli.generate import run
+
+def load(*given, **named):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise RecursionError("numpy") from None
+
+request.load_model = load
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(run(sys.argv[1:], prog="generate.py"))
+"""
+    done = process(code, "a", "--model", str(tiny_model))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "generate.py: interrupted\n")
+
+
 def test_help_names_every_flag() -> None:
     done = process("", "--help")
     assert done.returncode == 0

@@ -16,7 +16,8 @@ from commands import ROOT, made
 from diffusion import TextToImage, manifest
 from diffusion.cli import jobs as command
 from diffusion.cli import listed
-from diffusion.jobs import choose, read_jobs, run_jobs
+from diffusion.jobs import Job, Row, choose, read_jobs, run_jobs
+from diffusion.jobs import draw as draw_together
 
 
 def written(folder: str | Path = "out") -> list[dict]:
@@ -98,6 +99,39 @@ def test_a_row_that_fails_while_it_is_drawn_is_1_and_its_batch_goes_on(draw, mon
     assert "4 rows: 2 drawn, 1 refused, 1 failed" in said.err
     monkeypatch.setattr("diffusion.repair.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
     assert "came out black" in draw("--prompts", listing("list.txt", "red"), "--steps=1", "-o", "out/").err
+
+
+def test_rows_that_are_drawn_again_find_the_model_as_it_was(tiny, red, monkeypatch):
+    """What the first attempt has put on it is off, though a traceback still refers to that."""
+    monkeypatch.setattr(tiny, "lora_folder", red.parent)
+    rows = [Row(n, {"prompt": f"{prompt} <lora:red:1>"}, "") for n, prompt in enumerate(("red cat", "boat"), 1)]
+    calm = [result.images[0].tobytes() for result in run_jobs(tiny, rows, seed=1)]
+    failed = []
+
+    def watch(steps):
+        for step in steps:
+            if not failed:
+                failed.append(step)
+                raise OSError("no space left")
+            yield step
+
+    right = [Job(row, row.settings(seed=1)) for row in rows]
+    assert [result.images[0].tobytes() for result in draw_together(tiny, right, watch)] == calm
+    assert failed
+
+
+def test_a_row_whose_picture_nobody_waits_for_is_done(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--prompts", listing("list.txt", "red", "boat --steps 200"), "-s", "1", "-o", "out/")
+    process = start(tiny_model, *words)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, "")
+    assert written()[0]["status"] == "done"
+    again = start(tiny_model, *words, "--resume")
+    out, _ = again.communicate()
+    assert again.returncode == 0
+    assert "-red" not in out
 
 
 def _poisoned(condition):
@@ -249,6 +283,18 @@ def test_the_last_process_tells_how_the_list_has_ended(draw, monkeypatch):
     assert "row 2: steps must be at least 1" in said["1"].err
     assert (said["0"].code, len(said["0"].paths)) == (2, 2)
     assert [line["row"] for line in written()] == [2, 1, 3]
+
+
+def test_a_process_that_comes_late_knows_what_those_that_were_launched_with_it_have_done(draw, monkeypatch):
+    """A refused row takes no time: who has only such has gone before the other one comes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    words = ("--prompts", listing("rows.jsonl", {"prompt": "red cat"}, {"prompt": "boat", "steps": 0}), "--steps", "1")
+    for rank, code in zip(reversed(ranks()), (0, 2), strict=True):
+        for name, value in rank.items():
+            monkeypatch.setenv(name, value)
+        assert draw(*words, "-o", "out/").code == code
+    monkeypatch.setattr(manifest, "_launch", lambda: "another")
+    assert len(draw(*words, "-o", "out/").paths) == 1, "another launch draws again"
 
 
 def test_two_shells_share_a_list(tiny_model, tmp_path, monkeypatch):

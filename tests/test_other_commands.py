@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -24,6 +26,13 @@ def labelled(tmp_path):
 def test_info_describes_the_installation(capsys):
     assert main(["info"]) == 0
     assert {"diffusion", "torch", "fast dtype"} <= set(json.loads(capsys.readouterr().out))
+
+
+def test_a_reader_that_leaves_is_no_matter():
+    command = [sys.executable, "-m", "diffusion", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, "")
 
 
 def test_info_describes_models_and_pictures(tiny_model, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,73 @@ def test_a_picture_does_not_know_its_batch(tiny: TextToImage, sampler: str) -> N
         assert one.info == three.info
 
 
-@pytest.mark.parametrize("given", [{}, {"guidance_scale": 1.0}, {"width": 64, "height": 64, "hires": 1.5}])
-def test_a_picture_of_the_shipped_model_does_not_know_its_batch(given: dict[str, Any]) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+LARGE = {"width": 256, "height": 256, "guidance_scale": 1.0}  # from 32x32 cells on threads share a group norm
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [
+        ("fp32", {}),
+        ("fp32", {"guidance_scale": 1.0}),
+        ("fp32", {"width": 64, "height": 64, "hires": 1.5}),
+        ("fp32", {"tile": "xy"}),
+        ("fp32", LARGE),
+        ("bf16", LARGE | {"tile": "x"}),
+        ("bf16", {"width": 96}),
+    ],
+)
+@pytest.mark.usefixtures("two_threads")
+def test_a_picture_of_the_shipped_model_does_not_know_its_batch(dtype: str, given: dict[str, Any]) -> None:
     """Nor what was drawn before it: each in a model that has drawn nothing yet; on the CPU, whose kernels these are."""
     prompts = ["red apple", "panda", "crying face"]
 
     def drawn(*calls: list[str]) -> list[bytes]:
-        t2i = TextToImage.load("emoji", "cpu", "fp32")
+        t2i = TextToImage.load("emoji", "cpu", dtype)
         return [image.tobytes() for call in calls for image in t2i(call, seed=7, steps=2, **given)]
 
     together = drawn(prompts)
     assert drawn(prompts[:2], prompts[2:]) == together
     assert [drawn([prompt])[0] for prompt in prompts] == together
+
+
+def test_a_new_call_ends_the_stream_before_it(tiny: TextToImage, red: Path) -> None:
+    """Whoever stops following a stream may still refer to it: what it has put on the model must not stay there."""
+    prompt, folder = f"{PROMPT} <lora:red:1>", tiny.lora_folder
+    tiny.lora_folder = red.parent
+    try:
+        (alone,), (plain,) = tiny(prompt, seed=1), tiny(PROMPT, seed=1)
+        left = tiny.stream(prompt, seed=2)
+        next(left)
+        assert tiny(prompt, seed=1)[0].tobytes() == alone.tobytes() != plain.tobytes()
+        assert tiny(PROMPT, seed=1)[0].tobytes() == plain.tobytes()
+        with pytest.raises(ValueError, match="another call of the same model has ended this stream"):
+            next(left)
+        whole = list(tiny.stream(PROMPT, seed=1))[-1].images
+        assert whole is not None
+        assert whole[0].tobytes() == plain.tobytes()
+    finally:
+        tiny.lora_folder = folder
+
+
+def test_a_model_that_is_drawing_says_so(tiny: TextToImage) -> None:
+    def meddle(images: list[Image.Image]) -> list[None]:
+        with pytest.raises(ValueError, match="drawing at this moment: one call at a time"):
+            tiny(PROMPT, seed=1)
+        return [None] * len(images)
+
+    tiny.checker = meddle
+    try:
+        tiny(PROMPT, seed=1)
+    finally:
+        tiny.checker = None
 
 
 def test_a_request_may_be_given_whole(tiny: TextToImage) -> None:

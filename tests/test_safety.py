@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from commands import Command, made, process
-from diffusion import TextToImage, jobs, safety
+from diffusion import TextToImage, jobs, notices, safety
 from diffusion.images import read_metadata
 from diffusion.notices import Flagged
 from diffusion.records import recall
@@ -304,7 +304,7 @@ def test_python_lists_and_errors(tiny_model: Path, tmp_path: Path) -> None:
     t2i = TextToImage.load(tiny_model, "cpu", "fp32", checker=lambda images: [None])
     rows = jobs.read_jobs(tmp_path / "rows.txt")
     assert [result.error for result in jobs.run_jobs(t2i, rows, seed=1, steps=1)] == [None, None], "one by one it does"
-    with pytest.raises(safety.CheckerError, match="<lambda> does not answer for each picture: pictures 2, answers 1"):
+    with pytest.raises(notices.CheckerError, match="<lambda> does not answer for each picture: pictures 2, answers 1"):
         t2i(PROMPT, steps=1, num_images=2)
 
 

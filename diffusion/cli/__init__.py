@@ -1,6 +1,7 @@
 """The ``diffusion`` command: finds the subcommand, and imports only that one."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -23,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``diffusion COMMAND ...`` and return its exit code."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
-        return import_module(f"diffusion.cli.{command}").run(rest)
+        try:
+            return import_module(f"diffusion.cli.{command}").run(rest)
+        except BrokenPipeError:
+            return left_alone()
     if command in ("-h", "--help"):
         print(_help())
         return 0
@@ -37,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"diffusion: unknown command {command!r}{did_you_mean(command, COMMANDS)} (commands: {known})", file=sys.stderr
     )
     return 2
+
+
+def left_alone() -> int:
+    """The exit code where the reader of our stdout has left; Python would complain once more when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def enter(run: Callable[[], int] = main) -> NoReturn:

@@ -4,8 +4,6 @@ The paths of the pictures go to stdout, one a line, or with ``--json`` one event
 Nothing slow is imported before the request has been checked as far as it can be without a library.
 """
 
-import os
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.cli import again
+from diffusion.cli import again, left_alone
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
-from diffusion.cli.voice import Voice, reason
+from diffusion.cli.voice import Voice
 from diffusion.comparison import variants
-from diffusion.notices import Flagged, Repaired
+from diffusion.notices import Flagged, Repaired, reason
 from diffusion.settings import PICTURES, Settings, Shot
 
 if TYPE_CHECKING:
@@ -46,9 +44,8 @@ def run(argv: Sequence[str], prog: str = "diffusion generate") -> int:
     except KeyboardInterrupt:
         voice.trouble("error", "interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our stdout has left; Python would complain once more when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return left_alone()
     except Exception as error:  # whatever it was, a person gets one line
         voice.trouble("error", reason(error))
         return 1
@@ -69,12 +66,26 @@ def generate(argv: Sequence[str], voice: Voice) -> int:
 
             return draw_list(args, voice)
         loaded: dict[str, TextToImage] = {}
-        requests = [Request.check(one) for one in calls]
-        left = [begin(request, voice, loaded) for request in requests]
+        with voice.leaving():
+            requests = [Request.check(one) for one in calls]
+            left = [begin(request, voice, loaded) for request in requests]
     except ValueError as error:
         voice.trouble("error", str(error))
         return 2
-    return max(call() for call in left)
+    if len(left) == 1:
+        return left[0]()
+    return max(attempt(call, request, voice) for call, request in zip(left, requests, strict=True))
+
+
+def attempt(call: Callable[[], int], request: Request, voice: Voice) -> int:
+    """One call of several: that it fails is told, and the others are still to come. Its exit code."""
+    try:
+        return call()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        voice.trouble("error", f"{request.args.from_image}: {reason(error)}")
+        return 1
 
 
 def begin(request: Request, voice: Voice, loaded: "dict[str, TextToImage]") -> Callable[[], int]:

@@ -17,8 +17,9 @@ from diffusion import jobs
 from diffusion.cli import request
 from diffusion.cli.generate import follow, sheet_of, tell, watched
 from diffusion.cli.listed import Listed, Task, planned, processes, share_of, told_of
-from diffusion.cli.voice import Voice, reason
+from diffusion.cli.voice import Voice
 from diffusion.jobs import Job, Result
+from diffusion.notices import reason
 from diffusion.settings import PICTURES, Settings, Shot
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def draw_list(args: Namespace, voice: Voice) -> int:
     tasks = share_of(listed.tasks)
     if not any(task.job.wanted for task in listed.tasks):
         return _finish(voice, Counter(refused=_refuse(tasks, voice)), len(tasks))
-    outline = listed.load(weights=False)
+    with voice.leaving():
+        outline = listed.load(weights=False)
     tasks = [planned(outline, task) for task in tasks]
     voice.event("start", rows=len(tasks), seed=listed.seed, model=str(listed.model), dry_run=args.dry_run)
     tell(outline.model.reports, voice)
@@ -115,7 +117,8 @@ def _draw(listed: Listed, left: Sequence[Task], manifest: "Manifest", voice: Voi
     """Neighbours that are alike at once. What another process is at comes last: should that die, it falls to us."""
     from tqdm import tqdm
 
-    model, images = listed.load(weights=True), list["Image.Image"]()
+    with voice.leaving():
+        model, images = listed.load(weights=True), list["Image.Image"]()
     task_of = {id(task.job): task for task in left}
     total = sum(model.resolved(task.job.wanted).total_steps * task.job.wanted.count for task in left if task.job.wanted)
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
@@ -187,13 +190,13 @@ class Hand:
         settings = _told(self.model.resolved(task.job.wanted))
         files = [_file(path, image, shot) for path, image, shot in shown if path is not None]
         held = [_looked_at(image, shot) for path, image, shot in shown if path is None]
-        with self.bar.external_write_mode():
+        withheld = {"withheld": held} if held else {}
+        self.manifest.append(_line(task, "done", settings=settings, images=files, **withheld))
+        with self.bar.external_write_mode():  # who listens may have left: the row is done all the same
             for path, image, shot in shown:
                 if path is not None:
                     self.voice.picture(path, row=task.number, prompt=shot.prompt, seed=shot.seed)
                 self.voice.flagged(image, shot.seed, path, withheld=path is None, row=task.number)
-        withheld = {"withheld": held} if held else {}
-        self.manifest.append(_line(task, "done", settings=settings, images=files, **withheld))
         return "drawn"
 
     def _save(self, task: Task, result: Result) -> "list[Path | None]":
@@ -244,5 +247,5 @@ def _finish(voice: Voice, counts: Counter[str], rows: int) -> int:
     if told["already"] or told["refused"] or told["failed"] or held:
         said = ", ".join(f"{count} {name}" for name, count in told.items() if count)
         end = f"; {held} {'picture' if held == 1 else 'pictures'} withheld" if held else ""
-        voice.note(f"{rows} rows: {said}{end}")
+        voice.note(f"{rows} {'row' if rows == 1 else 'rows'}: {said}{end}")
     return 1 if told["failed"] or held else 2 if told["refused"] else 0

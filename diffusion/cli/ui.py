@@ -12,8 +12,8 @@ from pathlib import Path
 from diffusion import names
 from diffusion.cli.flags import Parser, whole
 from diffusion.cli.request import find_model, quiet_libraries
-from diffusion.cli.voice import reason
 from diffusion.images import DEFAULT_FOLDER, check_output, parse_output
+from diffusion.notices import reason
 from diffusion.places import parse_lora
 
 ASIDE = {  # read when gradio and what it stands on are imported: it asks no network for anything

@@ -1,17 +1,21 @@
-"""How the command line speaks: to a person in lines, or with ``--json`` to a program in events; and faults in one line.
+"""How the command line speaks: to a person in lines, or with ``--json`` to a program in events.
 
 Paths and verdicts go to stdout, all else to stderr.
 """
 
 import hashlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffusion.notices import Repaired, is_short
-from diffusion.safety import CheckerError
+from diffusion.notices import Repaired
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +30,26 @@ class Voice:
     prog: str
     json: bool
     quiet: bool
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Within the block, in which nothing is written, Ctrl-C ends the process at once.
+
+        Libraries that are being imported swallow its exception now and then, or come out of it broken.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._leave)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _leave(self, *_: object) -> NoReturn:
+        self.trouble("error", "interrupted")
+        sys.stderr.flush()
+        os._exit(130)
 
     def event(self, kind: str, /, **facts: Any) -> None:
         """One event, for a program only."""
@@ -75,11 +99,6 @@ class Voice:
             print(verdict, flush=True)
 
 
-def reason(error: Exception) -> str:
-    """A failure in one line: its first, and what to do where that is known."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, CheckerError):
-        return text
-    if is_short(error):
-        return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
-    return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"
+def _is_main() -> bool:
+    """Signals are the matter of one thread."""
+    return threading.current_thread() is threading.main_thread()

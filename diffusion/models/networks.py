@@ -2,9 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,20 +164,28 @@ def wrapped_edges(networks: Iterable[nn.Module], axes: str) -> Iterator[None]:
     every = (layer for network in networks for layer in network.modules()) if axes else ()
     layers = [layer for layer in every if isinstance(layer, nn.Conv2d)]
     padded = [layer for layer in layers if any(layer.padding) and not isinstance(layer.padding, str)]
+    before = [(layer, layer.padding, layer.register_forward_pre_hook(_wrap(layer.padding, axes))) for layer in padded]
     for layer in padded:
-        layer._conv_forward = partial(_wrapped, layer, axes)  # type: ignore[method-assign]
+        layer.padding = (0, 0)
     try:
         yield
     finally:
-        for layer in padded:
-            del layer._conv_forward
+        for layer, padding, hook in before:
+            layer.padding = padding
+            hook.remove()
 
 
-def _wrapped(layer: nn.Conv2d, axes: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    down, across = (int(side) for side in layer.padding)
-    for axis, pad in (("x", (across, across, 0, 0)), ("y", (0, 0, down, down))):
-        x = nn.functional.pad(x, pad, mode="circular" if axis in axes else "constant")
-    return nn.functional.conv2d(x, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+def _wrap(padding: Sequence[Any], axes: str) -> Callable[[Any, tuple[Tensor]], Tensor]:
+    """What a convolution is given in place of its input, so that it need not pad."""
+    down, across = padding
+
+    def wrap(_: Any, given: tuple[Tensor]) -> Tensor:
+        (x,) = given
+        for axis, pad in (("x", (across, across, 0, 0)), ("y", (0, 0, down, down))):
+            x = nn.functional.pad(x, pad, mode="circular" if axis in axes else "constant")
+        return x
+
+    return wrap
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
-"""Weights in the layout that the CPU's kernels compute in, packed once instead of at every call.
+"""Weights in the layout that the CPU's kernels compute in, packed once; and sums that do not know their batch.
 
 oneDNN reads convolution and matrix weights in blocks. PyTorch reorders them from its own layout at each call, which at
 small batches is a quarter of a U-Net's time; ``torch.compile`` with freezing avoids that, and so does this, without
 compiling. It costs the memory of a second copy of the weights.
+
+Some kernels round otherwise when a picture is alone: a matrix with a single row, and a group norm that several threads
+share. Here they do not, so that a picture of a batch is the same bytes when it is drawn again by itself.
 """
 
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+
+SHARED = 1024  # cells from which on threads share the group norm of a picture, and not only those of a batch
 
 
 def pack(network: nn.Module) -> bool:
@@ -21,6 +26,9 @@ def pack(network: nn.Module) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     layers: list[Any] = [layer for layer in network.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
+    norms: list[Any] = [layer for layer in network.modules() if type(layer) is nn.GroupNorm]
+    for norm in norms:
+        norm.forward = _Apart(norm)
     if 2 * sum(layer.weight.nbytes for layer in layers) > psutil.virtual_memory().available:
         return False
     for layer in layers:
@@ -31,7 +39,7 @@ def pack(network: nn.Module) -> bool:
 def unpack(network: nn.Module) -> None:
     """Undo ``pack``."""
     for layer in network.modules():
-        if isinstance(layer.__dict__.get("forward"), _Packed):
+        if isinstance(layer.__dict__.get("forward"), _Packed | _Apart):
             del layer.forward
 
 
@@ -41,6 +49,18 @@ def forget(network: nn.Module, weights: set[int]) -> None:
         packed = layer.__dict__.get("forward")
         if isinstance(packed, _Packed) and id(packed.layer.weight) in weights:
             packed.made_of = None
+
+
+class _Apart:
+    """The forward of a group norm: one picture after the other, each shared by all threads in the same way."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) == 1 or x[0, 0].numel() < SHARED or x.device.type != "cpu" or torch.is_grad_enabled():
+            return nn.GroupNorm.forward(self.norm, x)
+        return torch.cat([nn.GroupNorm.forward(self.norm, one) for one in x.split(1)])
 
 
 class _Packed:
@@ -74,10 +94,8 @@ class _Packed:
         return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.layer.bias, "none", [], "")[: len(x)]
 
     def _is_special(self, x: Tensor) -> bool:
-        """Whether there is no kernel: not for float16 or one vector, nor where someone has changed how it convolves."""
-        if x.dtype == torch.float16 or x.dim() == 1:
-            return True
-        return self.convolves and ("_conv_forward" in self.layer.__dict__ or isinstance(self.layer.padding, str))
+        """Whether there is no kernel: not for float16, one vector, or padding that has a name."""
+        return x.dtype == torch.float16 or x.dim() == 1 or isinstance(getattr(self.layer, "padding", 0), str)
 
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
         """For a batch of one, whatever comes first: sums must not depend on what was drawn before."""
