@@ -31,6 +31,7 @@ from diffusion.data.source import (
 )
 from diffusion.tasks.prior import missing, read_prior
 
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAMPLE = 512  # pictures of a stream that stand for all of it
 
 
@@ -233,6 +234,19 @@ def state_bytes(task: tasks.Task, train: Train) -> tuple[int, int, int]:
     total, trained = sum(count for count, _ in weights), sum(count for count, trains in weights if trains)
     copies = 1 + optimizers.NUMBERS[train.optimizer] + (train.ema > 0)
     return int(4 * (total + trained * copies)), trained, total
+
+
+def refuse_full_disk(config: Config, trained: int, total: int) -> None:
+    """ValueError if a checkpoint and the model folders will not fit; of that many trained weights, and weights in all.
+
+    Measured before anything is computed: later the first checkpoint would be the one to find out.
+    """
+    t, m = config.train, config.model
+    kept = 4 * trained * (1 + optimizers.NUMBERS[t.optimizer] + (t.ema > 0))
+    model = 4 * trained if m.lora is not None or m.words else total * STORED[t.save_dtype].itemsize
+    need = int(kept + model * (2 if t.validate_every else 1))
+    if (lacking := checkpoint.shortage(config.folder, need, "a checkpoint and the model take")) is not None:
+        raise ValueError(lacking)
 
 
 def _loss(task: tasks.Task, count: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Verdict:
     def __str__(self) -> str:
         near = "of another size" if self.levels is None else f"up to {self.levels} of 255, {self.decibels:.1f} dB"
         what = ", ".join(f"{name} {_brief(then)} -> {_brief(now)}" for name, (then, now) in self.differs.items())
-        if self.levels == 1 and not what:
+        if self.levels and not what:
             what = "as rounding does: by the number of threads, --compile, or on a GPU the size of the batch"
         return f"{self.path}: {'identical' if self.identical else f'differs, {near}'}" + (f" ({what})" if what else "")
 

@@ -27,10 +27,9 @@ from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
 from diffusion.images import sheet_texts
-from diffusion.plan import check_same, learning_rate
+from diffusion.plan import STORED, check_same, learning_rate
 from diffusion.sheets import make_grid, save_sheet
 
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = 100  # steps in a row that fp16 may pass over: its scale has then shrunk to nothing
 FAULTS = (ValueError, OSError, FloatingPointError)  # what a person is told in one line
 T = TypeVar("T")
@@ -53,19 +52,6 @@ def together(work: Callable[[], T], gather: Callable[[Any], Sequence[Any]]) -> T
     if told:
         raise FAULTS[told[0][0]](told[0][1])
     return result
-
-
-def refuse_full_disk(config: Config, trained: int, total: int) -> None:
-    """ValueError if a checkpoint and the model folders will not fit; of that many trained weights, and weights in all.
-
-    Measured before anything is computed: later the first checkpoint would be the one to find out.
-    """
-    t, m = config.train, config.model
-    kept = 4 * trained * (1 + optimizers.NUMBERS[t.optimizer] + (t.ema > 0))
-    model = 4 * trained if m.lora is not None or m.words else total * STORED[t.save_dtype].itemsize
-    need = int(kept + model * (2 if t.validate_every else 1))
-    if (lacking := checkpoint.shortage(config.folder, need, "a checkpoint and the model take")) is not None:
-        raise ValueError(lacking)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from diffusion.data.feed import Share
 from diffusion.ema import Ema
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.precision import compile_if_equal, fast_dtype
-from diffusion.run import Run, refuse_full_disk, together
+from diffusion.run import Run, together
 from diffusion.tasks.prior import draw_missing
 
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -137,7 +137,7 @@ def _task(config: Config, source: plan.Source, device: torch.device, quiet: bool
     """The task of a run, whose state will fit on the disk."""
     task = tasks.build(config, source.pictures, device, quiet)
     _, trained, total = plan.state_bytes(task, config.train)
-    refuse_full_disk(config, trained, total)
+    plan.refuse_full_disk(config, trained, total)
     return task
 
 

@@ -15,15 +15,14 @@ from PIL import Image
 
 import diffusion
 from diffusion import TextToImage
-from diffusion.images import read_metadata, save_image
+from diffusion.images import read_metadata
 from diffusion.settings import Settings
 from families import psnr
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/python.md").read_text(encoding="utf-8")
-COUNTS = {"README.md": 1, "docs/python.md": 10, "docs/scripting.md": 2}  # programs of each page
+COUNTS = {"README.md": 1, "docs/python.md": 10}  # programs of each page; tests/test_scripting_docs.py has another
 NEAR = 28  # dB: what is shown has 128 colours
-ROWS = "prompt,seed,num_images\nred apple,1,2\npanda,,\n"
 
 
 class Program(NamedTuple):
@@ -76,25 +75,11 @@ def style(made: dict[str, Any], said: list[str]) -> None:
     assert none + 15 < half + 10 < whole
 
 
-def listed(made: dict[str, Any], said: list[str]) -> None:
-    assert said == ["2 [1, 2]", "3 [3]"]
-
-
 CHECKS: dict[tuple[str, int], Callable[[dict[str, Any], list[str]], None]] = {
     ("README.md", 1): readme,
     ("docs/python.md", 1): pictures,
     ("docs/python.md", 8): style,
-    ("docs/scripting.md", 1): listed,
 }
-
-
-@pytest.fixture(scope="module")
-def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the programs of docs/scripting.md find where they run."""
-    folder = tmp_path_factory.mktemp("furniture")
-    (folder / "rows.csv").write_text(ROWS)
-    save_image(TextToImage.load("emoji")("red apple", seed=1)[0], folder / "apple.png")
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -102,11 +87,9 @@ def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [program for page in COUNTS for program in programs(page)],
     ids=lambda program: f"{program.page}-{program.number}",
 )
-def test_a_program_does_what_its_page_says(program, furniture, tmp_path, monkeypatch, capsys):
+def test_a_program_does_what_its_page_says(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    for file in furniture.iterdir() if program.page == "docs/scripting.md" else ():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
     capsys.readouterr()
     made: dict[str, Any] = {}
     exec(compile(program.code, f"{program.page}, program {program.number}", "exec"), made)

@@ -23,6 +23,7 @@ from diffusion.models.stock import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     UNet2DConditionModel,
+    no_advice,
     no_bar,
 )
 from diffusion.models.text import load_tokenizer, save_tokenizer
@@ -290,8 +291,9 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype | None = None)
 
 def stock_pipeline(model: Model) -> Any:
     """The same networks in diffusers' own ``StableDiffusionPipeline``, or ``StableDiffusionXLPipeline``."""
-    import diffusers  # slow to import
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    with no_advice():
+        import diffusers  # slow to import
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     parts, scheduler = {**model.networks, "tokenizer": model.tokenizer}, model.forward.to_diffusers()
     parts["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)

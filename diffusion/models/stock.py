@@ -41,6 +41,17 @@ def bare_packages() -> Iterator[None]:
 
 
 @contextmanager
+def no_advice() -> Iterator[None]:
+    """Within the block transformers does not say what could be installed besides, for classes that nobody asks for."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
 def no_bar() -> Iterator[None]:
     """Within the block transformers shows no bar of the weights that it reads; afterwards bars are as they were."""
     if not logging.is_progress_bar_enabled():
@@ -68,5 +79,6 @@ __all__ = [
     "CLIPTokenizer",
     "UNet2DConditionModel",
     "bare_packages",
+    "no_advice",
     "no_bar",
 ]
