@@ -86,7 +86,7 @@ def chart(title: str, series: Mapping[str, Points]) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up:.1f}" y2="{up:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{up + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in x_ticks:
-        parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{x:,.4g}</text>')
+        parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{x:,.10g}</text>')
     for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
         path = " ".join(f"{across:.1f},{up:.1f}" for across, up in (place(x, y) for x, y in points))
         parts.append(f'<polyline points="{path}" stroke="{colour}"><title>{html.escape(name)}</title></polyline>')
@@ -169,7 +169,8 @@ def _samples(files: Sequence[Path]) -> str:
         step = int(file.stem.removeprefix("step-"))
         pictures.append(f'<img data-step="{step:,}" src="data:image/webp;base64,{data}" alt="samples at step {step}">')
     last = len(files) - 1
-    slider = f'<label>step <output></output><input type="range" min="0" max="{last}" value="{last}"></label>'
+    hidden = "" if last else " hidden"
+    slider = f'<label>step <output></output><input type="range" min="0" max="{last}" value="{last}"{hidden}></label>'
     return f'<div class="samples">{slider}{"".join(pictures)}</div>'
 
 

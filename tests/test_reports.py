@@ -156,6 +156,7 @@ def test_a_chart_has_round_ticks_around_its_points():
     assert len(points) == 2
     assert points[0][0] < points[1][0]
     assert points[0][1] > points[1][1], "up is more"
+    assert ">2,000,000<" in report.chart("steps", {"a": [(0, 1.0), (1_900_000, 2.0)]})
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, straight, capsys):
