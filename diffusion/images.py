@@ -195,7 +195,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     found: dict[str, Any] = {key: texts[key] for key in TEXTS if key in texts}
     try:
         found["diffusion"] = json.loads(texts["diffusion"])
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, ValueError, RecursionError):
         found.pop("diffusion", None)  # another program's text under our key is not ours to read
     return found
 

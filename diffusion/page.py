@@ -1,9 +1,11 @@
 """The page of ``diffusion ui``: what a ``Studio`` does, in a browser. Everything in it comes from this machine."""
 
 import html
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import gradio as gr
 from PIL import Image, ImageChops
 
 from diffusion import canvas
-from diffusion.cli.voice import reason
 from diffusion.images import read_metadata
 from diffusion.names import SAMPLERS, SCHEDULES
+from diffusion.notices import reason
 from diffusion.parameters import parse_parameters
 from diffusion.pixels import read_size
 from diffusion.studio import Form, Seen, Studio, troubles
+from diffusion.style import COPY, LOOK, STYLE
 from diffusion.values import Source
 
 FIELDS = tuple(item.name for item in fields(Form) if item.name not in ("init_image", "mask"))
@@ -55,12 +58,14 @@ def show(studio: Studio, host: str, port: int, *, browser: bool) -> None:
             ),
             css=STYLE,
         )
+        page.blocks.server.force_exit = True  # at the end, where it would wait for every page that is open
         print(url, flush=True)
         if host not in ("127.0.0.1", "localhost", "::1"):
             print("diffusion ui: whoever reaches this machine can draw here, and see the pictures", file=sys.stderr)
         threading.Event().wait()
     finally:
         studio.closed = True
+        logging.getLogger("uvicorn.error").disabled = True  # which tells of each page that it has cut off
         page.blocks.close(verbose=False)
 
 
@@ -69,7 +74,7 @@ class Page:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.stops: set[str] = set()  # sessions whose drawing is to end
+        self.stops: set[tuple[str, threading.Event]] = set()  # by session: what ends a drawing
         with gr.Blocks(title="diffusion", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML(f"<h1>diffusion</h1><p>{html.escape(studio.title)}</p>", elem_id="title")
             with gr.Row(elem_id="desk"):
@@ -181,7 +186,7 @@ class Page:
         drawn = [self.picture, self.status, self.gallery, self.listed, self.tabs, self.facts, self.command, self.shown]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         typed = [field.submit for field in self.fields.values() if not isinstance(field, gr.Dropdown)]  # Enter
-        gr.on([self.go.click, *typed], self._draw, asked, drawn, **quiet)
+        gr.on([self.go.click, *typed], self._draw, asked, drawn, trigger_mode="multiple", **quiet)
         gr.on([self.go.click, *typed], None, js=LOOK, **quiet)
         self.stop.click(self._stop, None, None, queue=False, **quiet)
         self.blocks.unload(self._stop)
@@ -193,20 +198,31 @@ class Page:
         self.blocks.load(self._browse, None, [self.gallery, self.listed], **quiet)
 
     def _draw(self, request: gr.Request, *filled: Any) -> Iterator[Updates]:
-        session, seen = str(request.session_hash), None
-        self.stops.discard(session)
-        yield {
-            self.status: _note("Waiting for the drawing before this one ..."),
-            self.tabs: gr.Tabs(selected="drawing"),
-        }
+        seen: Seen | None = None
+        with self._stoppable(str(request.session_hash)) as stop:
+            yield {
+                self.status: _note("Waiting for the drawing before this one ..."),
+                self.tabs: gr.Tabs(selected="drawing"),
+            }
+            try:
+                form = _form(filled)
+                for seen in self.studio.draw(form, stop.is_set):
+                    looks = {} if seen.looks is None else {self.picture: gr.Image(seen.looks, alt_text=form.prompt)}
+                    yield looks | {self.status: _progress(seen)}
+                yield self._done(seen, stopped=stop.is_set())
+            except Exception as error:  # told in the page: no request may end it
+                yield {self.status: _wrong(error)} | self._browse()
+
+    @contextmanager
+    def _stoppable(self, session: str) -> Iterator[threading.Event]:
+        """What ends one drawing, and no other: it is forgotten, and a drawing ended, when nobody looks on any more."""
+        stop = threading.Event()
+        self.stops.add((session, stop))
         try:
-            form = _form(filled)
-            for seen in self.studio.draw(form, lambda: session in self.stops):
-                looks = {} if seen.looks is None else {self.picture: gr.Image(seen.looks, alt_text=form.prompt)}
-                yield looks | {self.status: _progress(seen)}
-            yield self._done(seen, stopped=session in self.stops)
-        except Exception as error:  # told in the page: no request may end it
-            yield {self.status: _wrong(error)} | self._browse()
+            yield stop
+        finally:
+            stop.set()
+            self.stops.discard((session, stop))
 
     def _done(self, seen: Seen | None, *, stopped: bool) -> Updates:
         """What is to be seen after a drawing: its first picture, if there is one, and all of them on the shelf."""
@@ -245,19 +261,28 @@ class Page:
         """A picture with what is known of it; several that were drawn together are looked at as one sheet already."""
         try:
             command = self.studio.command(path)
-        except ValueError as error:
-            command = f"# {error}"
+        except Exception as error:  # whatever its record says, it can be looked at
+            command = f"# {_line(error)}"
+        try:
+            facts = _facts(path)
+        except Exception as error:
+            facts = _wrong(error)
         looks = {self.picture: gr.Image(self._served(path), alt_text=path.stem)} if alone else {}
-        return looks | {self.facts: _facts(path), self.command: command, self.shown: path}
+        return looks | {self.facts: facts, self.command: command, self.shown: path}
 
     def _stop(self, request: gr.Request) -> None:
-        self.stops.add(str(request.session_hash))
+        for session, stop in self.stops.copy():
+            if session == str(request.session_hash):
+                stop.set()
 
     def _reuse(self, shown: Path | None) -> Updates:
         """The seed of the picture that is looked at."""
         try:
-            return {self.fields["seed"]: str(self.studio.recalled(_chosen(shown)).settings.seed)}
-        except ValueError as error:
+            made = self.studio.recalled(_chosen(shown))
+            if made.settings.seed is None:
+                raise ValueError(f"{made.path} does not say its seed")
+            return {self.fields["seed"]: str(made.settings.seed)}
+        except Exception as error:
             return {self.status: _wrong(error)}
 
     def _refill(self, shown: Path | None) -> Updates:
@@ -271,7 +296,7 @@ class Page:
                 self.editor: editor,
                 self.status: note,
             }
-        except ValueError as error:
+        except Exception as error:
             return {self.status: _wrong(error)}
 
 
@@ -325,9 +350,12 @@ def _note(text: str) -> str:
 
 
 def _wrong(error: Exception) -> str:
-    """In one line, as the command line says it."""
-    line = str(error) if isinstance(error, ValueError) else reason(error)
-    return f'<p role="alert">{html.escape(" ".join(line.split()))}</p>'
+    return f'<p role="alert">{html.escape(_line(error))}</p>'
+
+
+def _line(error: Exception) -> str:
+    """In one line, as the command line says it: what follows a line break in a picture's record would be pasted too."""
+    return " ".join((str(error) if isinstance(error, ValueError) else reason(error)).split())
 
 
 def _copied(line: str) -> str:
@@ -356,43 +384,3 @@ def _facts(path: Path) -> str:
 def _pair(name: str, text: str) -> str:
     wide = ' class="wide"' if len(text) > WIDE else ""
     return f"<div{wide}><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
-
-
-# On a narrow page what is drawn is far below the button.
-LOOK = """() => document.getElementById("drawn").scrollIntoView({ behavior: "smooth", block: "nearest" })"""
-# Browsers have a clipboard for pages of this machine, or of https; for others there is what came before it.
-COPY = """line => {
-    if (navigator.clipboard) { navigator.clipboard.writeText(line); return line; }
-    const box = document.body.appendChild(Object.assign(document.createElement("textarea"), { value: line }));
-    box.select(); document.execCommand("copy"); box.remove();
-    return line;
-}"""
-STYLE = """
-.gradio-container .main { padding: clamp(8px, 2vw, 28px) !important; max-width: 1520px; margin: 0 auto; }
-.gradio-container main { padding: 0 !important; }
-#title > div, #title .prose { display: flex; align-items: baseline; gap: 10px; }
-#title h1 { font-size: 19px; font-weight: 650; letter-spacing: -.01em; margin: 0; }
-#title p { margin: 0; color: var(--body-text-color-subdued); }
-#desk { align-items: flex-start; }
-#seed-row { align-items: flex-end; } #seed-row button { height: 37px; margin-bottom: 10px; font-weight: 400; }
-#prompt textarea { min-height: 54px; }
-#picture img { width: 100%; height: 100%; object-fit: contain; }
-#status { min-height: 30px; }
-#status p, #status label { display: flex; align-items: center; gap: 12px; margin: 4px 2px; min-height: 22px;
-  font-variant-numeric: tabular-nums; }
-#status [data-testid=status-tracker] { display: none; }
-#status progress { flex: 1; height: 6px; accent-color: var(--color-accent); }
-#status [role=alert] { color: var(--error-text-color, #b91c1c); font-weight: 600; max-height: 7em; overflow: auto; }
-#command textarea { font: 12px/1.5 var(--font-mono); }
-#gallery .caption-label { display: none; }
-#gallery .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); grid-auto-rows: max-content; gap: 6px;
-  padding: 6px; }
-#gallery .thumbnail-lg { width: 100%; height: auto; min-height: 0; aspect-ratio: 1; }
-#facts h2 { font-size: 15px; font-weight: 600; margin: 4px 2px 6px; overflow-wrap: anywhere; }
-#facts dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px 12px; margin: 0 2px; }
-#facts .wide { grid-column: 1 / -1; }
-#facts dt { font-size: 11px; color: var(--body-text-color-subdued); }
-#facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-#facts p { margin: 6px 2px 0; font-size: 11px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#facts p[role=alert] { font-size: inherit; color: var(--error-text-color, #b91c1c); }
-"""

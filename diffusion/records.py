@@ -123,7 +123,7 @@ def recall(
         where = _model(record, model, notes)
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} cannot be drawn again: its record is damaged ({error})") from None
     return Recalled(
         path=path,

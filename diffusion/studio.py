@@ -32,7 +32,6 @@ from diffusion.values import SIDES, Source, read_interval, read_number, read_who
 
 INPUTS = "inputs"  # in the folder of what is drawn: what was uploaded, in files that a command line can name
 PATIENCE = 0.2  # seconds between two looks at whether a drawing that waits is to be stopped
-SHORT = {long: short for short, long in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Form:
         names = {item.name for item in fields(cls)} - {"prompt"}
         others = [item.name for item in fields(Settings) if item.name not in {*names, "prompts", *ANSWERS}]
         others += [name for name, own in ANSWERS.items() if getattr(wanted, name) != own]
-        beyond = [name for name in others if wanted.gives(name)]
+        beyond = [name for name in others if wanted.gives(name)] + ["several prompts"] * (len(wanted.prompts) > 1)
         if beyond:
             raise ValueError(f"the page has no field for {', '.join(beyond)}: take the command line")
         texts = {name: written(getattr(wanted, name)) for name in READ}
@@ -206,25 +205,29 @@ class Studio:
     def command(self, path: Path) -> str:
         """The line that draws a picture again. ValueError for one that this page's model does not draw."""
         made = self.recalled(path)
-        ours = (self.model.model_hash, _weights(self.loras), self.model.prediction)
-        theirs = {one["name"]: one["weight"] for one in made.record.get("loras", ())}
-        if ours != (made.record.get("model_hash"), theirs, made.record.get("prediction")) or "control" in made.record:
-            model = _named(str(made.record.get("model")), theirs)
-            raise ValueError(
-                f"drawn by {model}, and not by {self.title} as it is here: no line of this page draws it again"
-            )
-        machine = [*flag("model", self.name), *flag("dtype", SHORT[made.record["dtype"]])]
+        self._refuse_others(made.record)
+        machine = [*flag("model", self.name), *flag("dtype", _short_dtype(made))]
         machine += [word for lora, weight in self.loras.items() for word in flag("lora", f"{lora}:{weight!r}")]
         machine += [] if self.device is None else flag("device", self.device)
         machine += [] if self.output == Path(DEFAULT_FOLDER) else flag("output", f"{self.output}/")
         return shlex.join(["python", "generate.py", *words(made.settings), *machine])
+
+    def _refuse_others(self, record: Mapping[str, Any]) -> None:
+        """ValueError for what another model has drawn, or this one with something else on it."""
+        ours = (self.model.model_hash, _weights(self.loras), self.model.prediction)
+        theirs = {str(one.get("name")): one.get("weight") for one in record.get("loras", ())}
+        if ours != (record.get("model_hash"), theirs, record.get("prediction")) or "control" in record:
+            model = _named(str(record.get("model", "a model without a name")), theirs)
+            raise ValueError(
+                f"drawn by {model}, and not by {self.title} as it is here: no line of this page draws it again"
+            )
 
 
 def troubles(path: Path) -> dict[str, list[str]]:
     """What did not go as it should while a picture was drawn, as far as it says so."""
     record = read_metadata(path).get("diffusion")
     ours = record if isinstance(record, dict) else {}  # another program's text under our key is none
-    return {"Repaired": list(ours.get("repairs", ())), "Flagged": [ours["flagged"]] if "flagged" in ours else []}
+    return {"Repaired": _texts(ours.get("repairs")), "Flagged": _texts(ours.get("flagged"))}
 
 
 def words(wanted: Settings) -> list[str]:
@@ -259,10 +262,25 @@ def _read(name: str, text: str, how: Callable[[str], Any]) -> Any:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _texts(said: Any) -> list[str]:
+    """What a record says in one text or several; of a damaged one whatever stands there."""
+    return [str(one) for one in (said if isinstance(said, list) else [] if said is None else [said])]
+
+
+def _short_dtype(made: Recalled) -> str:
+    """A record's dtype as a flag gives it. ValueError for one that says none, or one that is not known."""
+    said = made.record.get("dtype")
+    found = [short for short, long in DTYPES.items() if long == said]
+    if not found:
+        dtypes = ", ".join(DTYPES.values())
+        raise ValueError(f"{made.path} cannot be drawn again: its record says dtype {said!r}, and not one of {dtypes}")
+    return found[0]
+
+
 def _weights(loras: Mapping[str, float]) -> dict[str, float]:
     """How strong each is, by the name that records give it."""
     return {Path(path).stem: weight for path, weight in loras.items()}
 
 
-def _named(model: str, loras: Mapping[str, float]) -> str:
-    return " + ".join([model, *(f"{name}:{weight:g}" for name, weight in loras.items())])
+def _named(model: str, loras: Mapping[str, Any]) -> str:
+    return " + ".join([model, *(f"{name}:{written(weight)}" for name, weight in loras.items())])

@@ -3,6 +3,7 @@
 ``python tests/browsing.py`` draws a few pictures on the page and photographs it: docs/ui.png.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -15,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+DESK = {"width": 1280, "height": 800}  # pixels
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 # In the server: whatever it asks the network for is written down, but for what stays on this machine.
 WATCH = """
@@ -40,8 +43,12 @@ sys.addaudithook(watch)
 def served(
     model: Path | str, output: Path, *flags: str, program: Sequence[str] = ("-m", "diffusion")
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a page and its process, which Ctrl-C ends. Its folder for what is temporary is its own."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The address of a page and its process, which Ctrl-C ends. Its folder for what is temporary is its own.
+
+    What it says on stderr is in a file beside ``output``, and told at the end.
+    """
+    told = Path(f"{output}.stderr")
+    with tempfile.TemporaryDirectory() as folder, told.open("w") as errors:
         (Path(folder) / "sitecustomize.py").write_text(WATCH)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([folder, str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -50,29 +57,31 @@ def served(
         }
         command = [sys.executable, *program, "ui", "--port", "0", "--model", str(model), "-o", str(output), *flags]
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which who runs us behind a shell may not have
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
+        how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "env": environment}
+        process = subprocess.Popen(command, preexec_fn=heard, **how)
         try:
             assert process.stdout is not None
             yield process.stdout.readline().strip(), process
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(30)
+            sys.stderr.write(told.read_text())
 
 
 @contextmanager
 def browsed() -> Iterator[Any]:
-    """A browser without a window."""
+    """A window of a browser that nobody sees."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
+        yield browser.new_context(viewport=DESK)
         browser.close()
 
 
-def opened(browser: Any, url: str, **context: Any) -> Any:
-    """The page, once it can be typed into; ``requests`` of it are kept."""
-    page = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | context).new_page()
+def opened(window: Any, url: str) -> Any:
+    """The page in a window, once it can be typed into; ``requests`` of it are kept."""
+    page = window.new_page()
     page.set_default_timeout(60_000)  # a machine that is busy otherwise
     page.requests = []
     page.on("request", lambda request: page.requests.append(request.url))
@@ -121,12 +130,19 @@ def painted(page: Any) -> None:
     page.mouse.up()
 
 
+def decibels(one: Path | str, other: Path | str) -> float:
+    """PSNR of two files; two copies of the same weights may round otherwise, which 60 dB allow for."""
+    first, second = (np.asarray(Image.open(path).convert("RGB"), float) for path in (one, other))
+    error = float(np.square(first - second).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
 def photograph() -> None:
     """Draw a few pictures, and take docs/ui.png of them."""
-    with tempfile.TemporaryDirectory() as folder, browsed() as browser:
+    with tempfile.TemporaryDirectory() as folder, browsed() as window:
         os.chdir(folder)
         with served("emoji", Path("outputs")) as (url, _):
-            page = opened(browser, url)
+            page = opened(window, url)
             for prompt in ("red apple", "rocket", "Christmas tree", "crying face", "pizza", "rainbow", "unicorn"):
                 drawn(page, Prompt=prompt, Seed=1)
             page.get_by_label("Pictures", exact=True).fill("4")

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from commands import Command
 from diffusion import TextToImage, __version__, images, sheets
@@ -32,6 +33,14 @@ def picture() -> Image.Image:
     image = Image.new("RGB", (8, 6), "red")
     image.info.update(images.metadata_texts(MADE))
     return image
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, f'{{"seed": {"9" * 5000}}}'])
+def test_a_text_under_our_key_that_is_no_json_is_not_ours(tmp_path: Path, text: str) -> None:
+    info = PngInfo()
+    info.add_text("diffusion", text)
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.png", pnginfo=info)
+    assert read_metadata(tmp_path / "x.png") == {}
 
 
 @pytest.mark.parametrize("suffix", sorted(images.FORMATS))

@@ -1,349 +1,157 @@
-"""The page of ``diffusion ui``: what it does without a page, and the page itself in a real browser."""
+"""The page of ``diffusion ui``: what it answers when it is touched, and itself in a real browser."""
 
-import importlib.util
+import importlib
 import io
-import json
-import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from browsing import CHROMIUM, ROOT, begun, browsed, drawn, filled, opened, painted, served
+from browsing import CHROMIUM, DESK, ROOT, begun, browsed, decibels, drawn, filled, opened, painted, served
+from commands import made
 from diffusion import TextToImage
-from diffusion.cli import main
-from diffusion.cli.generate import run as generate
-from diffusion.cli.request import fields_of, parser
 from diffusion.cli.ui import ASIDE
-from diffusion.images import read_metadata, save_image
-from diffusion.notices import Flagged, Repaired
-from diffusion.settings import Settings
-from diffusion.studio import Form, Studio, troubles, words
-from test_alive import failing, fails
-from test_speed import modules_after
+from diffusion.studio import Form, Studio
+from test_studio import crafted
 
 
-def made(path):
-    return read_metadata(path)["diffusion"]
+def require(*modules, programs=()):
+    """In CI all of it must be there; elsewhere what needs it is skipped where it is not."""
+    missing = [name for name in modules if find_spec(name) is None]
+    missing += [Path(path).name for path in programs if not Path(path).is_file()]
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{' and '.join(missing)}: not installed")
 
 
-def decibels(one, other):
-    """PSNR of two files; two copies of the same weights may round otherwise, which 60 dB allow for."""
-    first, second = (np.asarray(Image.open(path).convert("RGB"), float) for path in (one, other))
-    error = np.square(first - second).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+@pytest.mark.parametrize(("value", "ended"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_what_is_not_installed_is_skipped_but_in_ci(monkeypatch, value, ended):
+    monkeypatch.setenv("CI", value)
+    require("gradio" if find_spec("gradio") else "json", programs=[sys.executable])
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception), match="nowhere and nothing: not") as caught:
+        require("nowhere", "json", programs=["/nothing"])
+    assert caught.type is ended
 
 
-# --- without a page
+# --- what it answers
 
 
 @pytest.fixture
-def studio(tiny_model, tmp_path, monkeypatch):
+def shown(tiny_model, tmp_path, monkeypatch):
+    """The page, and nobody who looks at it."""
+    require("gradio")
     monkeypatch.chdir(tmp_path)
-    return Studio(model=TextToImage.load(tiny_model, "cpu"), name=str(tiny_model))
-
-
-def again(line):
-    """What the command line of a picture draws; nothing that was there before is written over."""
-    python, program, *rest = shlex.split(line)
-    assert (python, program) == ("python", "generate.py")
-    before = set(Path().rglob("*.png"))
-    assert generate(rest, prog=program) == 0
-    (path,) = set(Path().rglob("*.png")) - before
-    return path
-
-
-def test_fields_that_say_nothing_leave_it_to_the_model():
-    empty = Form(prompt="a cat", num_images=None, strength=" ")
-    assert empty.wanted() == Settings(prompts=("a cat",))
-    full = Form(prompt="a cat", seed="18446744073709551615", guidance_interval="0.3,inf", steps=7, guidance_scale=0)
-    wanted = full.wanted()
-    assert (wanted.seed, wanted.guidance_interval, wanted.guidance_scale) == (2**64 - 1, (0.3, None), 0)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"prompt": " "}, "no prompt: say what to draw"),
-        ({"seed": "x"}, "seed: 'x' is not a whole number"),
-        ({"guidance_interval": "3"}, "guidance_interval: '3' is not LOW,HIGH"),
-        ({"strength": "much"}, "strength: 'much' is not a number"),
-        ({"strength": "0.5"}, "strength needs a picture to begin from"),
-        ({"steps": 2.5}, "steps must be a whole number"),
-        ({"num_images": 0}, "num_images must be at least 1"),
-        ({"guidance_scale": 1, "negative_prompt": "blue"}, "guidance_scale 1 turns guidance off"),
-    ],
-    ids=str,
-)
-def test_what_is_filled_in_wrongly_is_said(given, said):
-    with pytest.raises(ValueError, match=said):
-        Form(**{"prompt": "a cat", **given}).wanted()
-
-
-def test_the_fields_begin_as_the_model_draws(studio):
-    own = Form.of(studio.model.model.recipe)
-    assert (own.width, own.steps, own.guidance_scale, own.sampler) == (16, 4, 3.0, "ddim")
-    *_, last = studio.draw(Form(**vars(own) | {"prompt": "red cat", "seed": "5"}))
-    plain = studio.model("red cat", seed=5)[0]
-    assert Image.open(last.files[0]).tobytes() == plain.tobytes()
-    assert made(last.files[0]) == json.loads(plain.info["diffusion"])
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"prompts": ("a 'quoted' \"cat\"", "-n", "--seed"), "seed": 3},
-        {"negative_prompt": "-blue, $HOME", "literal": True, "steps": 3, "guidance_scale": 2.25},
-        {"guidance_interval": (0.3, None), "guidance_rescale": 0.1 + 0.2, "tile": "xy"},
-        {"sigmas": (14.6, 5, 0.3), "clip_skip": 2},
-        {"init_image": "a b.png", "mask": "-m.png", "mask_blur": 0, "extend": (2, 0, 3, 4), "width": 32},
-        {"to_prompt": "dog", "to_seed": 4, "share": 0.25},
-        {"variation_seed": 9, "variation_strength": 0.0, "sampler": "euler", "schedule": "karras", "num_images": 2},
-        {"hires": 1.5, "hires_strength": 0.4, "height": 24, "batch_size": 1, "long_prompts": True},
-    ],
-    ids=str,
-)
-def test_a_command_line_asks_for_the_same(given):
-    wanted = Settings(**{"prompts": ("a cat",), **given})
-    args = parser("generate.py").read(shlex.split(shlex.join(words(wanted))), words="words")
-    assert (
-        Settings(prompts=(*args.words, *args.prompt), **fields_of(Namespace(**vars(args) | {"size": None}))) == wanted
-    )
-
-
-def test_each_picture_of_a_call_has_its_own_line(studio):
-    form = Form(prompt="red cat", negative_prompt="a 'blue' boat", seed="7", num_images=3, steps=2, sampler="euler")
-    seen = list(studio.draw(form))
-    assert [(one.done, one.total, len(one.files)) for one in seen] == [(0, 6, 0), (3, 6, 0), (6, 6, 3)]
-    first, *seen = seen
-    assert first.looks is None, "it is told that it has begun"
-    assert [one.looks.size for one in seen] == [(32, 32)] * 2, "a sheet of all three"
-    assert seen[0].looks.tobytes() != seen[1].looks.tobytes(), "it is looked at before it is done"
-    for n, path in enumerate(seen[-1].files):
-        assert made(path)["seed"] == 7 + n
-        found = again(studio.command(path))
-        assert decibels(found, path) >= 60
-        assert made(found) == made(path)
-    assert sorted(studio.pictures(9), reverse=True) == studio.pictures(9), "the newest is the first"
-    assert len(studio.pictures(2)) == 2
-
-
-def test_pictures_that_are_given_are_kept_for_the_line(studio, photo):
-    picture, mask = (Image.open(path) for path in photo)
-    form = Form(prompt="red cat", seed="1", init_image=picture, mask=mask)
-    for _ in range(2):
-        *_, last = studio.draw(form)
-    (path,) = last.files
-    assert len(list(Path("outputs/inputs").iterdir())) == 2, "each once"
-    assert decibels(again(studio.command(path)), path) >= 60
-    back = Form.asking(studio.recalled(path).settings)
-    assert Image.open(back.init_image).tobytes() == picture.tobytes()
-    assert Image.open(back.mask).tobytes() == mask.tobytes()
-    assert Form(**vars(back) | {"seed": ""}).wanted().strength == 1
-    Path(back.mask).unlink()
-    with pytest.raises(ValueError, match="which is not here"):
-        studio.command(path)
-
-
-def test_what_the_page_was_started_with_is_in_the_line(tiny_model, red, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    loras = {"loras/red.safetensors": 0.25}
-    model = TextToImage.load(tiny_model, "cpu", "bf16", loras)
-    studio = Studio(model=model, name=str(tiny_model), loras=loras, device="cpu", output=Path("my pictures"))
-    assert studio.title == "tiny + red:0.25"
-    *_, last = studio.draw(Form(prompt="red cat", seed="1"))
-    found = again(studio.command(last.files[0]))
-    assert found.parent == Path("my pictures")
-    assert made(found) == made(last.files[0])
-    assert decibels(found, last.files[0]) >= 40, "bf16 rounds more"
-    plain = Studio(model=TextToImage.load(tiny_model, "cpu"), name=str(tiny_model), output=studio.output)
-    with pytest.raises(ValueError, match=r"drawn by tiny \+ red:0\.25, and not by tiny"):
-        plain.command(found)
-
-
-def test_what_has_no_field_is_refused_by_name(studio):
-    for words_given, name in ((["--tile", "x"], "tile"), (["--hires", "2"], "hires")):
-        generate(["red cat", "--model", studio.name, "--seed", "1", *words_given])
-        (path,) = studio.pictures(1)
-        with pytest.raises(ValueError, match=f"the page has no field for {name}"):
-            Form.asking(studio.recalled(path).settings)
-        assert made(again(studio.command(path))) == made(path), "its line has"
-    Image.new("RGB", (8, 8)).save("outputs/photo.png")
-    with pytest.raises(ValueError, match="says nothing of how it was made"):
-        studio.command(Path("outputs/photo.png"))
-
-
-def test_one_drawing_at_a_time_and_each_can_be_stopped(studio):
-    form, seen = Form(prompt="red cat", seed="1", steps=999), []
-    left = studio.draw(form, lambda: bool(seen))
-    seen.append(next(left))
-    del left  # nobody looks on any more
-    with pytest.raises(ValueError, match="steps 5000 is more"):
-        list(studio.draw(Form(prompt="red cat", steps=5000)))
-    stopped = []
-    for one in studio.draw(form, lambda: bool(stopped)):
-        stopped.append(one)
-    assert [one.done for one in (*seen, *stopped)][:2] == [0, 0]
-    assert stopped[-1].done < 999
-    assert not studio.pictures(9)
-    *_, last = studio.draw(Form(prompt="red cat", seed="1", steps=2))
-    assert Image.open(last.files[0]).tobytes() == studio.model("red cat", seed=1, steps=2)[0].tobytes()
-    studio.closed = True
-    assert not list(studio.draw(form))
-
-
-def test_what_is_stopped_while_it_waits_draws_nothing_and_waits_no_longer(studio):
-    form, gate = Form(prompt="red cat", seed="1"), threading.Event()
-    assert not list(studio.draw(form, lambda: True)), "not one step"
-    before = studio._hand.submit(gate.wait, 30)
-    assert not list(studio.draw(form, lambda: True))
-    assert before.running(), "what is drawn before it goes on"
-    gate.set()
-    assert before.result(), "it was not waited for"
-    assert list(studio.draw(form)), "the next one has its turn"
-
-
-def test_a_black_picture_is_not_saved(studio, monkeypatch):
-    monkeypatch.setattr("diffusion.repair.decode", lambda vae, latents: [Image.new("RGB", (16, 16))])
-    with pytest.raises(FloatingPointError, match="came out black"):
-        list(studio.draw(Form(prompt="red cat", seed="1")))
-    assert not studio.pictures(9)
-
-
-def test_what_went_wrong_while_drawing_is_known_of_a_picture(tiny_model, tmp_path):
-    model = TextToImage.load(tiny_model, "cpu", "bf16", checker=lambda images: ["too red"] * len(images))
-    studio = Studio(model=model, output=tmp_path / "drawn")
-    with (
-        failing(fails(model.model.vae.decoder.conv_in, lambda x: x.dtype == torch.bfloat16)),
-        pytest.warns(Repaired, match="float32"),
-        pytest.warns(Flagged, match="too red"),
-    ):
-        *_, last = studio.draw(Form(prompt="red cat", seed="1"))
-    found = troubles(last.files[0])
-    assert found == {"Repaired": made(last.files[0])["repairs"], "Flagged": ["too red"]}
-    assert "float32" in found["Repaired"][0]
-    for texts in ({}, {"diffusion": "[1]"}):
-        image = Image.new("RGB", (8, 8))
-        image.info.update(texts)
-        assert troubles(save_image(image, tmp_path / "other.png")) == {"Repaired": [], "Flagged": []}
-
-
-def test_only_files_are_on_the_shelf(studio):
-    *_, last = studio.draw(Form(prompt="red cat", seed="1"))
-    Path("outputs/folder.png").mkdir()
-    Path("outputs/gone.png").symlink_to("nowhere.png")
-    assert studio.pictures(9) == list(last.files)
-
-
-def test_a_record_names_pictures_of_its_own_folder_only(studio, photo):
-    *_, last = studio.draw(Form(prompt="red cat", seed="1", init_image=Image.open(photo[0])))
-    (kept,) = Path("outputs/inputs").iterdir()
-    Path("away").mkdir()
-    image, away = Image.open(last.files[0]), kept.rename(Path("away", kept.name))
-    record = made(last.files[0])
-    record["init_image"]["name"] = f"../../{away}"
-    image.info["diffusion"] = json.dumps(record)
-    with pytest.raises(ValueError, match="which is not here"):
-        studio.recalled(save_image(image, "outputs/crafted.png"))
-
-
-def test_what_was_drawn_before_a_failure_is_on_the_shelf(studio, monkeypatch):
     for name, value in ASIDE.items():
         monkeypatch.setenv(name, value)
-    page = pytest.importorskip("diffusion.page")
+    studio = Studio(model=TextToImage.load(tiny_model, "cpu"), name=str(tiny_model))
+    return importlib.import_module("diffusion.page").Page(studio)
+
+
+def draw(shown, session, **asked):
+    """What a session sees of a drawing, step by step."""
+    form = Form(**{"prompt": "red cat", "seed": "1", "sampler": "ddim"} | asked)
+    values = (getattr(form, name) for name in importlib.import_module("diffusion.page").FIELDS)
+    return shown._draw(Namespace(session_hash=session), *values, None)
+
+
+def test_what_was_drawn_before_a_failure_is_on_the_shelf(shown, monkeypatch):
     monkeypatch.setattr("diffusion.studio.refuse_black", lambda image, seed: 1 / (seed - 2))
-    values = Form(prompt="red cat", seed="1", num_images=2, sampler="ddim")
-    shown = page.Page(studio)
-    *_, last = shown._draw(Namespace(session_hash="x"), *(getattr(values, name) for name in page.FIELDS), None)
+    *_, last = draw(shown, "x", num_images=2)
     assert "ZeroDivisionError" in last[shown.status]
-    assert last[shown.listed] == studio.pictures(9)
+    assert last[shown.listed] == shown.studio.pictures(9)
     assert [made(path)["seed"] for path in last[shown.listed]] == [1]
 
 
-# --- the command
+def test_stop_ends_what_its_session_draws_then_and_nothing_later(shown):
+    before, waiting, other = draw(shown, "x", steps=999), draw(shown, "x"), draw(shown, "y", steps=2)
+    assert "step 0 of 999" in [next(before), next(before)][1][shown.status]
+    next(waiting)
+    next(other)
+    shown._stop(Namespace(session_hash="x"))
+    after = draw(shown, "x", steps=3)
+    next(after)
+    said = [list(drawing)[-1][shown.status] for drawing in (before, waiting, other, after)]
+    assert [text.partition(":")[0].rpartition(">")[2] for text in said] == ["Stopped", "Stopped", "Done", "Done"]
+    assert [made(path)["steps"] for path in shown.studio.pictures(9)] == [3, 2]
 
 
-def test_help_needs_neither_torch_nor_gradio():
-    loaded = modules_after("from diffusion.cli import main; main(['ui', '--help'])")
-    assert not loaded & {"torch", "gradio", "numpy", "diffusion.page"}
+def test_what_is_done_or_left_is_not_remembered(shown):
+    left = draw(shown, "x", steps=999)
+    next(left), next(left)
+    assert len(shown.stops) == 1
+    left.close()  # nobody looks on any more
+    list(draw(shown, "y"))
+    shown._stop(Namespace(session_hash="z"))
+    assert not shown.stops
+    assert [made(path)["steps"] for path in shown.studio.pictures(9)] == [4], "it was ended"
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("wrong", "command", "fact"),
     [
-        (["--prot", "80"], "unknown flag '--prot'; did you mean '--port'?"),
-        (["a cat"], "prompts are typed into the page: leave out 'a cat'"),
-        (["--model", "emojo"], "did you mean 'emoji'?"),
-        (["--lora", "nowhere"], "no LoRA at nowhere"),
-        (["--output", __file__], "is a file: name a folder"),
-        (["--device", "cpu", "--dtype", "fp16"], "dtype float16 is slow and wrong on the CPU"),
-        (["--port", "99999"], "cannot listen at 127.0.0.1 port 99999"),
-        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1 port 7860"),
+        ({"dtype": "float64"}, "its record says dtype 'float64'", ""),
+        ({"repairs": 7}, "python generate.py 'red cat' ", "<dt>Repaired</dt><dd>7</dd>"),
+        ({"flagged": "a\n<b>"}, "python generate.py 'red cat' ", "<dt>Flagged</dt><dd>a\n&lt;b&gt;</dd>"),
+        ({"model_hash": "", "model": "b\nrm c"}, "# drawn by b rm c, and not by tiny as it is here", ""),
+        ({"init_image": {"name": "n" * 999}}, "] File name too long", ""),
     ],
     ids=str,
 )
-def test_a_wrong_call_is_one_line(given, said, capsys, monkeypatch):
-    monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: object())
-    assert main(["ui", *given]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("diffusion ui: ")
-    assert said in err
+def test_a_damaged_record_leaves_a_picture_to_look_at(shown, wrong, command, fact):
+    *_, last = draw(shown, "x")
+    seen = shown._look([crafted(last[shown.shown], **wrong)], Namespace(index=0))
+    assert seen[shown.picture].value["path"].endswith("crafted.png")
+    assert "red cat" in seen[shown.facts]
+    assert fact in seen[shown.facts]
+    assert command in seen[shown.command]
+    assert seen[shown.command].startswith(("# ", "python generate.py "))
+    assert "\n" not in seen[shown.command], "what is pasted is one line"
 
 
-def test_a_port_in_use_and_a_missing_library_are_told(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: object())
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["ui", "--port", str(port)]) == 2
-    assert f"port {port} (Address already in use): give another --port" in capsys.readouterr().err
-    monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: None)
-    assert main(["ui", "--port", "0"]) == 2
-    assert capsys.readouterr().err == "diffusion ui: the page needs gradio: pip install -e '.[ui]'\n"
+def test_what_cannot_be_filled_in_is_told(shown):
+    *_, last = draw(shown, "x")
+    for wrong, answer, said in (
+        ({"seed": None}, shown._reuse, "crafted.png does not say its seed"),
+        ({"prompts": ["a", "b"]}, shown._refill, "no field for several prompts"),
+        ({"init_image": {"name": "n" * 999}}, shown._refill, "File name too long"),
+    ):
+        told = answer(crafted(last[shown.shown], "outputs/crafted.png", **wrong))
+        assert list(told) == [shown.status]
+        assert said in told[shown.status]
 
 
 # --- the page in a browser
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """In CI what is installed beside gradio must be there too."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed")
-    missing = [] if Path(CHROMIUM).is_file() else ["chromium"]
-    missing += [] if importlib.util.find_spec("playwright") else ["playwright"]
-    if missing:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{' and '.join(missing)}: not installed")
+def window():
+    require("gradio", "playwright", programs=[CHROMIUM])
     with browsed() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def site(browser, tmp_path_factory):
+def site(window, tmp_path_factory):
     """Where the shipped model's page is, and the folder that it draws into."""
     output = tmp_path_factory.mktemp("site") / "drawn"
     with served("emoji", output) as (url, process):
-        yield url, output
+        yield url, output, process
     assert process.returncode == 130, "Ctrl-C"
     assert not Path(f"{output}.network").exists(), "the server asked a network for something"
 
 
 @pytest.fixture
-def page(browser, site):
-    found = opened(browser, site[0])
+def page(window, site):
+    found = opened(window, site[0])
     yield found
-    found.context.close()
+    found.close()
     away = [url for url in found.requests if not url.startswith((site[0], "data:", "blob:"))]
     assert found.requests
     assert not away, "the page asked a network for something"
@@ -364,7 +172,7 @@ new MutationObserver(() => {
 
 
 def test_a_prompt_becomes_a_picture_that_its_line_draws_again(page, site):
-    url, output = site
+    url, output, _ = site
     page.evaluate(WATCHED)
     said = drawn(page, Prompt="red apple", Negative_prompt="it's blue", Seed=11, Steps=30)
     path = newest(output)
@@ -481,7 +289,7 @@ def test_the_line_is_copied_where_a_browser_has_no_clipboard(page, site):
 
 
 def test_the_folder_is_shown_wherever_it_is_and_only_its_pictures(page, site):
-    url, output = site
+    url, output, _ = site
     assert drawn(page, Prompt="red apple", Steps=2).startswith("Done: ")
     sizes = "[...document.querySelectorAll('#gallery img, #picture img')].map(image => image.naturalWidth)"
     page.wait_for_function(f"{sizes}.length > 1 && {sizes}.every(Boolean)")
@@ -513,31 +321,39 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_shown(page, site):
         (site[1] / name).unlink()
 
 
-# The command, on an autoencoder that fails in bfloat16.
-FAILING = """
-import sys
-from diffusion.cli import main
+# The command, with an autoencoder that fails in bfloat16; and a step of more than a thousand takes a minute.
+TROUBLED = """
+import sys, time
+from diffusion.cli import main, ui
 from diffusion.models import networks
-finite = networks.finite
+from diffusion.studio import Studio
+ui.PATIENCE, finite, saved = 0.5, networks.finite, Studio._saved
 networks.finite = lambda values: finite(values if str(values.dtype) == "torch.float32" else values / 0)
+Studio._saved = lambda studio, step: time.sleep(60 * (step.total == 1000)) or saved(studio, step)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_repair_is_told_at_the_end_and_later(browser, tiny_model, tmp_path):
-    output = tmp_path / "drawn"
-    with served(tiny_model, output, "--dtype", "bf16", program=("-c", FAILING)) as (url, _):
-        page = opened(browser, url)
-        said = drawn(page, Prompt="red cat", Pictures=2)
-        first, second = sorted(output.glob("*.png"))
-        (repair,) = made(second)["repairs"]
-        assert "float32" in repair
-        assert said == f"Done: {first}, and 1 more; {repair}", "once"
-        assert f"Repaired\n{repair}" in page.locator("#facts").inner_text()
-        page.reload()
-        page.locator("#gallery button").first.click()
-        page.locator("#facts").get_by_text(repair).wait_for()
-        page.context.close()
+@pytest.fixture(scope="module")
+def troubled(window, tiny_model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("troubled") / "drawn"
+    with served(tiny_model, output, "--dtype", "bf16", program=("-c", TROUBLED)) as (url, process):
+        yield url, output, process
+
+
+def test_a_repair_is_told_at_the_end_and_later(window, troubled):
+    url, output, _ = troubled
+    page = opened(window, url)
+    said = drawn(page, Prompt="red cat", Pictures=2)
+    first, second = sorted(output.glob("*.png"))
+    (repair,) = made(second)["repairs"]
+    assert "float32" in repair
+    assert said == f"Done: {first}, and 1 more; {repair}", "once"
+    assert f"Repaired\n{repair}" in page.locator("#facts").inner_text()
+    page.reload()
+    page.locator("#gallery button").first.click()
+    page.locator("#facts").get_by_text(repair).wait_for()
+    page.close()
 
 
 def test_a_drawing_is_stopped(page, site):
@@ -550,9 +366,27 @@ def test_a_drawing_is_stopped(page, site):
     assert sorted(site[1].glob("*.png")) == before
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (700, 900), (390, 844)])
-def test_every_field_has_a_name_and_the_page_its_place(browser, site, width, height):
-    page = opened(browser, site[0], viewport={"width": width, "height": height}, color_scheme="dark")
+def test_what_is_drawn_right_after_a_stop_is_drawn_and_the_stopped_is_not(page, site):
+    before = set(site[1].glob("*.png"))
+    draw = page.get_by_role("button", name="Draw", exact=True)
+    filled(page, Prompt="red apple", Seed=41, Steps=999)
+    draw.click()
+    page.locator("#status progress:not([value='0'])").wait_for()
+    filled(page, Prompt="rocket", Seed=42, Steps=2)
+    page.evaluate(
+        """for (const name of ["Stop", "Draw"])
+        [...document.querySelectorAll("button")].find(button => button.innerText == name).click()"""
+    )
+    page.get_by_text("Done: ").wait_for()
+    (path,) = set(site[1].glob("*.png")) - before
+    assert (made(path)["prompt"], made(path)["seed"]) == ("rocket", 42)
+
+
+@pytest.mark.parametrize(("width", "height"), [tuple(DESK.values()), (700, 900), (390, 844)])
+def test_every_field_has_a_name_and_the_page_its_place(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme="dark")
+    page.reload()
     page.get_by_role("tab", name="Begin from a picture").click()
     page.locator("#editor canvas").first.wait_for()
     nameless = page.evaluate(
@@ -568,26 +402,19 @@ def test_every_field_has_a_name_and_the_page_its_place(browser, site, width, hei
     assert row[0] == row[1]
     drawn(page, Prompt="red apple", Steps=2)
     page.wait_for_function("document.getElementById('status').getBoundingClientRect().bottom <= innerHeight")
-    page.context.close()
 
 
-# The command, with steps that take a minute.
-SLOW = """
-import sys, time
-from diffusion.cli import main
-from diffusion.studio import Studio
-Studio._saved = lambda *_: time.sleep(60)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("program", [("-m", "diffusion"), ("-c", SLOW)], ids=["between steps", "within a long one"])
-def test_ctrl_c_ends_it_in_the_middle_of_a_drawing(browser, tiny_model, tmp_path, program):
-    with served(tiny_model, tmp_path / "drawn", program=program) as (url, process):
-        page = opened(browser, url)
-        filled(page, Prompt="red cat", Steps=1000)
-        page.get_by_role("button", name="Draw", exact=True).click()
-        page.locator("#status progress").wait_for()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        page.context.close()
+# Last, for it ends what the others look at.
+@pytest.mark.parametrize("where", ["site", "troubled"], ids=["between steps", "within a long one"])
+def test_ctrl_c_ends_it_in_the_middle_of_a_drawing(request, window, where):
+    url, output, process = request.getfixturevalue(where)
+    stderr = Path(f"{output}.stderr")
+    page = opened(window, url)
+    filled(page, Prompt="red cat", Steps=1000)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#status progress").wait_for()
+    before = stderr.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert stderr.read_text() == before, "not a word, though a page is open"
+    page.close()

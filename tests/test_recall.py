@@ -206,6 +206,7 @@ DAMAGED = [
     ({"loras": 5}, "its record is damaged"),
     ({"loras": ["red"]}, "its record is damaged"),
     ({"init_image": 5}, "its record is damaged"),
+    ({"init_image": {"name": "x" * 300, "sha256": "12"}}, "its record is damaged"),
     ({"mask": {"name": "x"}}, "which is not here: give mask"),
     ({"control": {"name": "canny", "hash": "12"}}, "its ControlNet 'canny' (12) is not here: give control"),
 ]
