@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import Train
+from diffusion.schema import Train
 
 NUMBERS = {  # kept for each trained weight, to tell memory beforehand
     "adamw": 2.0,

@@ -15,7 +15,6 @@ import torch
 
 from diffusion import checkpoint, memory, optimizers, tasks
 from diffusion import config as configs
-from diffusion.config import Config, Data, Train
 from diffusion.data.buckets import BucketOrder, nearest, shapes
 from diffusion.data.feed import Feed, FolderFeed, Share
 from diffusion.data.order import Order, Visits
@@ -29,6 +28,7 @@ from diffusion.data.source import (
     open_folder,
     too_small,
 )
+from diffusion.schema import Config, Data, Train
 from diffusion.tasks.prior import missing, read_prior
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from diffusion import checkpoint, optimizers, report, tasks, validation
 from diffusion import config as configs
 from diffusion.checkpoint import Checkpoint
-from diffusion.config import Config
 from diffusion.data.dataset import Batch
 from diffusion.data.feed import Feed
 from diffusion.ema import Ema
 from diffusion.images import sheet_texts
 from diffusion.plan import STORED, check_same, learning_rate
+from diffusion.schema import Config
 from diffusion.sheets import make_grid, save_sheet
 
 PATIENCE = 100  # steps in a row that fp16 may pass over: its scale has then shrunk to nothing

@@ -16,12 +16,12 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from torch import Tensor, nn
 
 from diffusion import checkpoint, memory, optimizers, plan, tasks, validation
-from diffusion.config import Config
 from diffusion.data.feed import Share
 from diffusion.ema import Ema
 from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.precision import compile_if_equal, fast_dtype
 from diffusion.run import Run, together
+from diffusion.schema import Config
 from diffusion.tasks.prior import draw_missing
 
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from diffusion import TextToImage, config, trainer
-from diffusion.config import Distill
 from diffusion.guidance import classifier_free_guidance
 from diffusion.models import text
 from diffusion.models.denoiser import network_denoiser
 from diffusion.models.folder import load_model
 from diffusion.samplers import euler, transfer
 from diffusion.schedules import levels
+from diffusion.schema import Distill
 from diffusion.tasks.distillation import DistillationLoss, frozen_copy
 from runs import metrics
 

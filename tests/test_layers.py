@@ -17,7 +17,7 @@ LAYERS = (  # top to bottom; __init__ is the front door: it may open every room,
     {"checkpoint", "interop", "foreign", "images", "safety", "records", "canvas", "sheets", "memory"},
     {"models", "data"},
     {"schedules", "objectives", "samplers", "guidance", "ema", "precision"},
-    {"config", "settings", "names", "places", "prompts", "pixels", "rng", "values"}
+    {"config", "schema", "settings", "names", "places", "prompts", "pixels", "rng", "values"}
     | {"options", "jobs", "manifest", "notices", "parameters", "comparison"},
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -19,10 +19,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusion import TextToImage, checkpoint, config, memory, optimizers, plan, rng, tasks, trainer, validation
+from diffusion import (
+    TextToImage,
+    checkpoint,
+    config,
+    memory,
+    optimizers,
+    plan,
+    rng,
+    schema,
+    tasks,
+    trainer,
+    validation,
+)
 from diffusion import run as run_module
 from diffusion.cli import main as cli
-from diffusion.config import Train
 from diffusion.data.dataset import to_tensor
 from diffusion.data.order import Order
 from diffusion.data.source import group_weights, read_folder
@@ -32,6 +43,7 @@ from diffusion.models import networks, text
 from diffusion.models.folder import load_vae, save_network
 from diffusion.models.networks import encode_pixels
 from diffusion.pixels import read_pixels
+from diffusion.schema import Train
 from diffusion.tasks.text_to_image import DenoisingLoss
 from families import save as save_family
 from runs import (
@@ -810,7 +822,7 @@ def test_what_takes_no_part_in_sdxl_is_not_waited_for(home, xl, model):
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(home, straight, monkeypatch):
     run = frozen(home, "small")
-    run.model = dataclasses.replace(run.model, lora=config.Lora(rank=2))
+    run.model = dataclasses.replace(run.model, lora=schema.Lora(rank=2))
     whole = dataclasses.replace(run, name="small-whole")
     trainer.train(whole, quiet=True)
     stop_and_go_on(run, monkeypatch, 3)

@@ -2,8 +2,8 @@
 
 import torch
 
-from diffusion.config import Config
 from diffusion.data.source import Picture
+from diffusion.schema import Config
 from diffusion.tasks.autoencoder import AutoencoderTask
 from diffusion.tasks.task import Task
 from diffusion.tasks.text_to_image import TextToImageTask

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.config import Config, Loss
 from diffusion.data.dataset import Batch, PixelSet, to_tensor
 from diffusion.data.source import Picture
 from diffusion.models import folder, networks
@@ -18,6 +17,7 @@ from diffusion.models.group_norm import speed_up_group_norm
 from diffusion.models.networks import encode_pixels
 from diffusion.pixels import View
 from diffusion.places import find_model
+from diffusion.schema import Config, Loss
 from diffusion.tasks.task import mean_of_each, probe_seed
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import objectives
-from diffusion.config import Distill
 from diffusion.data.dataset import Batch
 from diffusion.models import text
 from diffusion.models.denoiser import predict
 from diffusion.models.folder import Model
 from diffusion.schedules import NoiseSchedule, levels
+from diffusion.schema import Distill
 from diffusion.tasks.task import mean_of_each
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusion.config import Config
 from diffusion.data.source import Picture, open_folder
 from diffusion.images import read_metadata, save_image
 from diffusion.pipeline import TextToImage
 from diffusion.places import find_model, hash_files, weight_files
+from diffusion.schema import Config
 
 
 def prior_folder(config: Config) -> Path:

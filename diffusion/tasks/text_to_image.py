@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import objectives
-from diffusion.config import Config, Data, Loss
 from diffusion.data.buckets import nearest, shapes
 from diffusion.data.captions import choose_caption, lead, variants
 from diffusion.data.dataset import Batch, LatentSet, to_tensor
@@ -25,6 +24,7 @@ from diffusion.models.networks import to_latents
 from diffusion.pipeline import TextToImage
 from diffusion.pixels import View
 from diffusion.places import find_model
+from diffusion.schema import Config, Data, Loss
 from diffusion.settings import Settings
 from diffusion.tasks.distillation import DistillationLoss, frozen_copy
 from diffusion.tasks.encodings import Encodings
