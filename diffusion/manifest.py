@@ -88,17 +88,29 @@ class Manifest:
 
     def _begin(self) -> int:
         """Where the lines of this call begin: of one process, or of all that are at work or were launched together."""
-        alone, launch = self._lock(AT_WORK), _launch()
+        alone, launch, rank = self._lock(AT_WORK), _launch(), os.environ.get("RANK", "0")
         if not alone:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
-        began, _, theirs = os.pread(self._locks, 256, 0).decode().partition(" ")
-        if alone and (not launch or theirs != launch):
-            began = str(os.fstat(self._file).st_size)
-            os.ftruncate(self._locks, 0)
-            os.pwrite(self._locks, f"{began} {launch}".encode(), 0)
+        self._lock(APPENDING, wait=True)
+        size, told = os.fstat(self._file).st_size, self._told()
+        began, ranks = told.get("began", size), told.get("ranks", [])
+        if alone and (not launch or told.get("launch") != launch or rank in ranks or began > size):
+            began, ranks = size, []
+        text = json.dumps({"began": began, "launch": launch, "ranks": [*ranks, rank]}).encode()
+        os.ftruncate(self._locks, len(text))
+        os.pwrite(self._locks, text, 0)
+        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, APPENDING)
         if alone:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
-        return int(began or 0)
+        return int(began)
+
+    def _told(self) -> dict[str, Any]:
+        """What those that began before us have left in the file of locks."""
+        with suppress(ValueError):
+            found = json.loads(os.pread(self._locks, os.fstat(self._locks).st_size, 0))
+            if isinstance(found, dict):
+                return found
+        return {}
 
     def _lock(self, byte: int, *, wait: bool = False) -> bool:
         try:
@@ -116,9 +128,12 @@ class Manifest:
 
 
 def _launch() -> str:
-    """What the processes of one launcher have in common; nothing where there is none."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return "" if run is None else f"{run} {os.getppid()}"
+    """What the processes of one launcher have in common, and no other has; nothing where there is none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    import psutil
+
+    return f"{os.getppid()} {psutil.Process(os.getppid()).create_time()}"
 
 
 def finished(folder: Path) -> set[str]:

@@ -27,8 +27,8 @@ def tell(warning: Warning) -> None:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an error says that memory was short: PyTorch has several, of which not all are errors of their own."""
-    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    """Whether an error says that memory was short: PyTorch has several, and some of them say so in their text alone."""
+    text = str(error).lower() if isinstance(error, RuntimeError | OSError) else ""
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 

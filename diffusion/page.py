@@ -186,7 +186,8 @@ class Page:
         drawn = [self.picture, self.status, self.gallery, self.listed, self.tabs, self.facts, self.command, self.shown]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         typed = [field.submit for field in self.fields.values() if not isinstance(field, gr.Dropdown)]  # Enter
-        gr.on([self.go.click, *typed], self._draw, asked, drawn, trigger_mode="multiple", **quiet)
+        many: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # all that wait can be stopped
+        gr.on([self.go.click, *typed], self._draw, asked, drawn, **many, **quiet)
         gr.on([self.go.click, *typed], None, js=LOOK, **quiet)
         self.stop.click(self._stop, None, None, queue=False, **quiet)
         self.blocks.unload(self._stop)

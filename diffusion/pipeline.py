@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,8 @@ class TextToImage:
         """The steps of a checked request."""
         if self.model.device.type == "meta":
             raise ValueError("this model was loaded without its weights: it plans, and draws nothing")
-        return self._alone(self._drawn(self.plan(wanted)))
+        plan = self.plan(wanted)
+        return self._alone(self._drawn(plan), plan.full.count)
 
     def plan(self, wanted: Settings) -> "Drawing":
         """All that a request means to this model, before the first step. ValueError for one that cannot be met."""
@@ -203,22 +205,22 @@ class TextToImage:
 
     # --- how
 
-    def _alone(self, steps: Generator[Progress]) -> Generator[Progress]:
+    def _alone(self, steps: Generator[Progress], count: int) -> Generator[Progress]:
         """One that is followed no more may still be referred to, by a traceback, and hold what it has put on the model.
 
-        So whoever begins ends it first. ValueError for one that is followed after all.
+        So whoever begins ends it first. ValueError for one that is followed after all, before its last picture.
         """
-        try:
-            if self._running is not None:
-                self._running.close()
-        except ValueError:  # Python has no other word for it
-            raise ValueError("this model is drawing at this moment: one call at a time") from None
-        self._running = steps
+        if self._running is not None and getgeneratorstate(self._running) == GEN_RUNNING:
+            raise ValueError("this model is drawing at this moment: one call at a time")
+        before, self._running = self._running, steps
+        if before is not None:
+            before.close()
         with closing(steps):
             for step in steps:
                 yield step
-                if self._running is not steps:
-                    raise ValueError("another call of the same model has ended this stream: draw one after the other")
+                count -= len(step.images or ())
+        if count:
+            raise ValueError("another call of the same model has ended this stream: draw one after the other")
 
     def _drawn(self, drawing: "Drawing") -> Generator[Progress]:
         """Every batch; what fails in one is drawn again in another way, for as long as there is one."""

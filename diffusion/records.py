@@ -21,7 +21,7 @@ from diffusion.foreign import Found
 from diffusion.images import encode, read_texts
 from diffusion.names import resolve_sampler
 from diffusion.places import SINGLE_FILE, digest_once, find_model, is_hub_id, weight_files
-from diffusion.settings import GUIDED, PICTURES, Settings, facts_of
+from diffusion.settings import GUIDED, PICTURES, Settings, facts_of, sides_of
 
 FIELDS = {item.name for item in fields(Settings)} - {"prompts", "batch_size"}
 LEVELS = ("steps", "schedule", "strength", "hires", "hires_strength")
@@ -36,6 +36,7 @@ class Verdict:
     levels: int | None  # the largest difference of a channel, of 255; None: they are not of one size
     decibels: float  # PSNR; infinite where no pixel differs
     differs: Mapping[str, tuple[Any, Any]]  # what was recorded then, and is so now
+    rounding: int = 1  # levels that it makes in the precision that was drawn in, at most
 
     @property
     def identical(self) -> bool:
@@ -45,7 +46,7 @@ class Verdict:
     def __str__(self) -> str:
         near = "of another size" if self.levels is None else f"up to {self.levels} of 255, {self.decibels:.1f} dB"
         what = ", ".join(f"{name} {_brief(then)} -> {_brief(now)}" for name, (then, now) in self.differs.items())
-        if self.levels and not what:
+        if self.levels is not None and 0 < self.levels <= self.rounding and not what:
             what = "as rounding does: by the number of threads, --compile, or on a GPU the size of the batch"
         return f"{self.path}: {'identical' if self.identical else f'differs, {near}'}" + (f" ({what})" if what else "")
 
@@ -78,7 +79,8 @@ class Recalled:
             names = [name for name in {**self.record, **made} if self.record.get(name) != made.get(name)]
             names = [name for name in names if name != "flagged"]  # says what a checker found, and not how it was drawn
             differs = {name: (self.record.get(name), made.get(name)) for name in names}
-        return Verdict(path=self.path, levels=levels, decibels=decibels, differs=differs)
+        rounding = 1 if self.record.get("dtype") == "float32" else 30
+        return Verdict(path=self.path, levels=levels, decibels=decibels, differs=differs, rounding=rounding)
 
 
 def recall(
@@ -121,6 +123,7 @@ def recall(
         settings = _settled(kept | given | sources, given)
         _check_tags(settings, record, folder, notes)
         where = _model(record, model, notes)
+        changes = tuple(_changes(asked, given, gone))
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from None
     except (TypeError, AttributeError, OSError) as error:
@@ -132,7 +135,7 @@ def recall(
         settings=settings,
         model=where,
         options=options,
-        changes=tuple(_changes(asked, given, gone)),
+        changes=changes,
         notes=tuple(notes),
     )
 
@@ -288,6 +291,7 @@ def _picture(path: Path, name: str, facts: Any, given: Any, notes: list[str]) ->
     title = PurePath(str(dict(facts).get("name", "")).replace("\\", "/")).name
     recorded = str(dict(facts).get("sha256", ""))
     if given is not None:
+        sides_of(given)  # ValueError for one that cannot be read
         if recorded and not _same_picture(given, recorded):
             notes.append(
                 f"{name} {_brief(given)} is not the picture {title!r} ({recorded[:10]}) that it was drawn from"

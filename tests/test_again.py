@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from commands import made, process
+from diffusion.cli.generate import attempt
 from diffusion.drawing import Drawing
 from diffusion.images import save_image
 from diffusion.records import read_record
@@ -224,6 +225,14 @@ def test_one_that_fails_stops_no_other(studio, monkeypatch):
     assert said.err.splitlines()[-1].startswith("generate.py: half.png cannot be read as a picture (")
 
 
+def test_a_reader_that_leaves_ends_all_of_them():
+    def broken():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        attempt(broken, None, None)
+
+
 def test_the_very_picture_is_no_change(studio, photo):
     image, mask = map(str, photo)
     studio(PROMPT, "-s", "3", "--steps", "2", "-i", image, "--mask", mask, "-o", "x.png")
@@ -231,6 +240,8 @@ def test_the_very_picture_is_no_change(studio, photo):
     assert said.err == "generate.py: from x.png, as diffusion wrote it\n"
     said = studio("--from-image", "x.png", "-i", "x.png", "--dry-run", model=None)
     assert f"init_image x.png in place of {Path(image).name} (" in said.err
+    said = studio("--from-image", "x.png", "-i", "gone.png", "--mask", mask, model=None)
+    assert (said.code, said.err) == (2, "generate.py: x.png cannot be drawn again: gone.png is not there\n")
 
 
 def test_it_is_refused_before_torch_is_loaded(studio):

@@ -298,7 +298,11 @@ def test_nothing_heavy_is_loaded_for_a_quick_answer(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_ends_it_while_libraries_are_imported_whatever_they_do_with_exceptions(tiny_model: Path) -> None:
+@pytest.mark.parametrize("words", [["a"], ["--prompts", "list.txt"]])
+def test_ctrl_c_ends_it_while_libraries_are_imported_whatever_they_do_with_exceptions(
+    words: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("a\n")
     code = """
 import os, signal, sys, time
 from diffusion.cli import request
@@ -315,7 +319,7 @@ request.load_model = load
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(run(sys.argv[1:], prog="generate.py"))
 """
-    done = process(code, "a", "--model", str(tiny_model))
+    done = process(code, *words, "--model", str(tiny_model), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "generate.py: interrupted\n")
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from PIL import Image
@@ -118,6 +119,28 @@ def test_rows_that_are_drawn_again_find_the_model_as_it_was(tiny, red, monkeypat
     right = [Job(row, row.settings(seed=1)) for row in rows]
     assert [result.images[0].tobytes() for result in draw_together(tiny, right, watch)] == calm
     assert failed
+
+
+def test_what_has_failed_is_closed_though_its_error_is_kept():
+    """A traceback refers to what it went through."""
+    closed = []
+
+    class Drawer:
+        def run(self, wanted):
+            try:
+                yield Namespace(images=None)
+            finally:
+                closed.append(wanted)
+
+    def watch(steps):
+        for _ in steps:
+            raise OSError("no space left")
+        yield
+
+    row = Row(1, {"prompt": "red cat"}, "")
+    (result,) = draw_together(Drawer(), [Job(row, row.settings(seed=1))], watch)
+    assert str(result.error) == "no space left"
+    assert len(closed) == 1
 
 
 def test_a_row_whose_picture_nobody_waits_for_is_done(tiny_model, tmp_path, monkeypatch):
@@ -293,8 +316,12 @@ def test_a_process_that_comes_late_knows_what_those_that_were_launched_with_it_h
         for name, value in rank.items():
             monkeypatch.setenv(name, value)
         assert draw(*words, "-o", "out/").code == code
-    monkeypatch.setattr(manifest, "_launch", lambda: "another")
-    assert len(draw(*words, "-o", "out/").paths) == 1, "another launch draws again"
+    assert draw(*words, "-o", "out/").code == 0, "it was the last one already, and this is another call"
+    assert [line["row"] for line in written()] == [2, 1, 1]
+    monkeypatch.setattr("psutil.Process.create_time", lambda self: 1.0)
+    monkeypatch.setenv("RANK", "1")
+    draw(*words, "-o", "out/")
+    assert [line["row"] for line in written()] == [2, 1, 1, 2], "another launch begins anew"
 
 
 def test_two_shells_share_a_list(tiny_model, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_a_verdict_says_how_far_it_is_and_what_differs(apple, tiny):
     verdict = recall(apple).verify(near)
     assert (verdict.identical, verdict.levels) == (False, 1)
     assert str(verdict).startswith(f"{apple}: differs, up to 1 of 255, 48.1 dB (as rounding does")
+    far = replace(verdict, levels=2)
+    assert str(far) == f"{apple}: differs, up to 2 of 255, 48.1 dB", "which rounding does not do in float32"
+    assert "as rounding does" in str(replace(far, rounding=30))
     other = diffusion.recall(record_of(apple, torch="0.1", steps=3)).verify(image)
     assert other.differs["torch"][0] == "0.1"
 

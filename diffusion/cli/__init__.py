@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
         try:
-            return import_module(f"diffusion.cli.{command}").run(rest)
+            code = import_module(f"diffusion.cli.{command}").run(rest)
+            sys.stdout.flush()  # here, and not while Python ends
+            return int(code)
         except BrokenPipeError:
             return left_alone()
     if command in ("-h", "--help"):

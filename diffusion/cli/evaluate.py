@@ -52,10 +52,10 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"diffusion evaluate: {error}", file=sys.stderr)
         return 2
-    for name, count, value in figures.rows():
-        print(f"{name:<42} {count:>5}  {value:>8}")
     if args.output is not None:
         _write(figures, args.output)
+    for name, count, value in figures.rows():
+        print(f"{name:<42} {count:>5}  {value:>8}")
     return 0
 
 

@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"diffusion info: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False), flush=True)
+    print(json.dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False))
     return 0
 
 

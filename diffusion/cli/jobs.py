@@ -37,7 +37,7 @@ def draw_list(args: Namespace, voice: Voice) -> int:
         return _finish(voice, Counter(refused=_refuse(tasks, voice)), len(tasks))
     with voice.leaving():
         outline = listed.load(weights=False)
-    tasks = [planned(outline, task) for task in tasks]
+        tasks = [planned(outline, task) for task in tasks]
     voice.event("start", rows=len(tasks), seed=listed.seed, model=str(listed.model), dry_run=args.dry_run)
     tell(outline.model.reports, voice)
     if args.dry_run or (processes() == 1 and not any(task.job.wanted for task in tasks)):

@@ -33,7 +33,7 @@ class Voice:
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
-        """Within the block, in which nothing is written, Ctrl-C ends the process at once.
+        """Within the block, in which no file is written, Ctrl-C ends the process at once.
 
         Libraries that are being imported swallow its exception now and then, or come out of it broken.
         """
@@ -47,9 +47,11 @@ class Voice:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _leave(self, *_: object) -> NoReturn:
-        self.trouble("error", "interrupted")
-        sys.stderr.flush()
-        os._exit(130)
+        try:
+            self.trouble("error", "interrupted")
+            sys.stderr.flush()
+        finally:  # whatever was being printed meanwhile
+            os._exit(130)
 
     def event(self, kind: str, /, **facts: Any) -> None:
         """One event, for a program only."""

@@ -21,8 +21,8 @@ def pack(network: nn.Module) -> bool:
     """Let every convolution and linear layer of a network on the CPU pack its weights when it is first used.
 
     Layers fall back to their own forward where gradients are wanted, under autocast, and where their weights are on
-    another device; weights that change are packed again. Returns False where memory is short: they stay as they are
-    then, and a picture may know its batch by a rounding.
+    another device; weights that change are packed again. Returns False where there are no such kernels, or memory is
+    short: weights stay as they are then, and a picture may know its batch by a rounding.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
