@@ -161,8 +161,8 @@ class Drawing:
                     done, latents = done + 1, step.x
                     sound = torch.isfinite(step.x).flatten(1).all(dim=1)
                     if not sound.all():
-                        text = f"the U-Net put out numbers that are not finite at step {done}"
-                        raise UNetNotFinite(text, (~sound).tolist())
+                        fault = f"the U-Net put out numbers that are not finite at step {done}"
+                        raise UNetNotFinite(fault, (~sound).tolist())
                     yield Reached(done, step.x, step.denoised, descent.size)
 
     def pictures(self, batch: Batch, latents: Tensor, repairs: Repairs) -> list[Image.Image]:

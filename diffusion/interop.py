@@ -116,10 +116,7 @@ def outline_model(path: str | Path, prediction: str | None = None) -> Model:
     path = Path(path)
     base = base_of(path)
     if base is not None:
-        model = outline_model(base, prediction)
-        adapters.apply(model, path)
-        model.path, model.recipe, model.adapters, model.reports = path, read_recipe(path), {}, {}
-        return model
+        return adapters.become(outline_model(base, prediction), path)
     model = _outlined_file(path, prediction) if path.is_file() else _outlined_folder(path, prediction)
     check_channels(model, path)
     return model

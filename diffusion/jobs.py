@@ -145,8 +145,8 @@ def draw(
     """Draw jobs that are alike, at once. Where that fails each is drawn by itself, so that one cannot spoil another."""
     try:
         with closing(model.run(joined(jobs))) as steps:  # a traceback would keep what it has put on the model
-            done = [step for step in watch(steps) if step.images]
-            drawn = [pair for step in done for pair in zip(step.images, step.pictures, strict=True)]
+            shown = (zip(step.images, step.pictures, strict=True) for step in watch(steps) if step.images)
+            drawn = [pair for pairs in shown for pair in pairs]
     except BrokenPipeError:  # who listens has left, which is no fault of a row
         raise
     except Exception as error:  # whatever it was, the other rows are still to be drawn

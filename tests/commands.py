@@ -34,8 +34,13 @@ def made(path: Path) -> dict[str, Any]:
     return read_metadata(path)["diffusion"]
 
 
+def environment() -> dict[str, str]:
+    """Of a process that is to find this copy of the package, whatever is installed."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
 def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # the command sees to its own silence
+    own = environment()
+    own.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # the command sees to its own silence
     command = [sys.executable, *(["-c", code] if code else [str(ROOT / "generate.py")]), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=own, **options)

@@ -111,6 +111,13 @@ def stock(folder, trailing=True, sampler="ddim"):
     return pipeline
 
 
+def over(folder, cls, **parts):
+    """Another stock pipeline over the networks of a folder."""
+    pipeline = cls(**stock(folder).components, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def draw(pipeline, prompt, seed, steps=4, guidance=5.0, side=32):
     """One picture of a stock pipeline from the noise that its seed gives."""
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -15,7 +15,7 @@ from diffusion import TextToImage, drawing, samplers
 from diffusion.parameters import parse_parameters
 from diffusion.schedules import levels
 from diffusion.settings import Settings
-from families import KINDS, parity, psnr, save, stock
+from families import KINDS, over, parity, psnr, save, stock
 
 PROMPT = "red apple"
 
@@ -166,10 +166,8 @@ def test_a_controlnet_leads_as_in_the_stock_library(net):
 
     sd1 = net.parent / "sd1"
     edges = Image.fromarray(np.random.default_rng(2).integers(0, 256, (128, 128, 3), dtype=np.uint8))
-    theirs = StableDiffusionControlNetPipeline(
-        **stock(sd1).components, controlnet=ControlNetModel.from_pretrained(net, local_files_only=True)
-    )
-    theirs.set_progress_bar_config(disable=True)
+    controlnet = ControlNetModel.from_pretrained(net, local_files_only=True)
+    theirs = over(sd1, StableDiffusionControlNetPipeline, controlnet=controlnet)
     picture = theirs(
         PROMPT,
         image=edges,

@@ -15,7 +15,7 @@ from diffusion.parameters import parse_parameters
 from diffusion.repair import Batch, Repairs
 from diffusion.schedules import levels
 from diffusion.settings import Settings
-from families import psnr, save, stock
+from families import over, psnr, save
 from test_controls import latents
 
 PROMPT = "red apple"
@@ -27,8 +27,7 @@ PROMPT = "red apple"
 def test_a_picture_is_drawn_over_as_the_stock_library_does(sd1, tmp_path):
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    theirs = StableDiffusionImg2ImgPipeline(**stock(sd1).components)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = over(sd1, StableDiffusionImg2ImgPipeline)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     mean, _ = to_latents(load_model(sd1).vae, to_pixels([image]))
     picture = theirs(

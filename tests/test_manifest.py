@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from commands import ROOT
+from commands import environment
 from diffusion import manifest
 
 KEY, OTHER = "ab" * 32, "ac" * 32  # that begin alike
@@ -65,9 +65,8 @@ def test_what_a_dead_process_had_claimed_falls_to_the_others(tmp_path):
         "    print(ours, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code, str(tmp_path)]
-    other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment())
     assert other.stdout.readline() == "True\n"
     with manifest.Manifest(tmp_path, resume=False) as book:
         with book.claim("ab" * 32) as ours:
@@ -116,7 +115,7 @@ def another(tmp_path):
     """Another process at work on the list, that does what it is told, and says what comes of it."""
     words = [sys.executable, "-c", OTHERS, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    process = subprocess.Popen(words, env=environment(), **pipes)
 
     def ask(word):
         process.stdin.write(f"{word}\n")

@@ -1,7 +1,6 @@
 """What memory a drawing takes and how it takes less: estimates, batches of auto size, tiles, offload, a bound."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import ROOT, Command
+from commands import Command, environment
 from diffusion import TextToImage, loading, memory
 from diffusion.models.folder import load_model
 from diffusion.models.networks import tiled
@@ -20,11 +19,6 @@ from diffusion.settings import Settings
 from families import psnr, save
 from test_alive import PROMPT
 from test_alive import tiny as tiny  # a fixture
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
 
 # --- what it will take
 

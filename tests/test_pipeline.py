@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,14 +17,9 @@ from diffusion.models.folder import load_model
 from diffusion.parameters import parse_parameters
 from diffusion.pipeline import TextToImage
 from diffusion.settings import Settings, Shot
+from families import psnr
 
 PROMPT = "a red apple"
-
-
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Decibels over 8-bit pixels; infinite where they are the same."""
-    error = np.square(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def test_the_package_offers_it_without_loading_it() -> None:

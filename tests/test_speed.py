@@ -1,7 +1,6 @@
 """What makes it fast, as far as a test can hold it without a clock: what is not imported, which settings are enough."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from benchmarks.measure import Contest, Timing, contest
 from benchmarks.scaling import feed
 from benchmarks.table import Row, render
 from benchmarks.training import clocked
+from commands import environment
 from diffusion.cli import main
 from diffusion.tuning import Trial, first_as_good
 from test_other_commands import labelled  # noqa: F401 - a fixture
@@ -24,9 +24,8 @@ NEVER = ("pydantic", "pandas", "matplotlib", "torchvision", "tensorboard", "webd
 def modules_after(code, *words):
     """Names of the modules that a fresh interpreter has loaded at the end."""
     ending = "; import sys, json; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", code + ending, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return set(json.loads(done.stderr.splitlines()[-1]))
 

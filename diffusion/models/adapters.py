@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffusion.models import embeddings, lora, packing
-from diffusion.models.folder import Model, write_json
+from diffusion.models.folder import Model, read_recipe, write_json
 from diffusion.places import ADAPTERS, OTHER_FORMAT
 
 WORDS = "words"
@@ -38,6 +38,13 @@ def apply(model: Model, path: str | Path, strength: float = 1.0) -> None:
     reports += [_teach(model, file) for file in words]
     model.reports[str(path)] = ", ".join(reports)
     model.adapters[str(path)] = strength
+
+
+def become(model: Model, path: Path) -> Model:
+    """The model that a folder of adapters is, with what it belongs to: nothing of it counts as put on."""
+    apply(model, path)
+    model.path, model.recipe, model.adapters, model.reports = path, read_recipe(path), {}, {}
+    return model
 
 
 def check(model: Model, loras: Sequence[tuple[Path, float]]) -> None:

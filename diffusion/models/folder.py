@@ -199,10 +199,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     if base is not None:
         from diffusion.models import adapters  # which knows this room
 
-        model = load_model(base, device, dtype)
-        adapters.apply(model, path)
-        model.path, model.recipe, model.adapters, model.reports = path, read_recipe(path), {}, {}
-        return model
+        return adapters.become(load_model(base, device, dtype), path)
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path} is not a model folder: it has no {part}/")
