@@ -1,11 +1,13 @@
 """The one training loop, on one process or many; the only module that knows Accelerate."""
 
+import atexit
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         run.finish_step(step, loss, norm)
 
     run.export(config.train.steps)
-    accelerator.end_training()  # closes what metrics are logged with
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return run.folder / "model"
 
 
@@ -167,14 +170,30 @@ def _fitting(config: Config, task: tasks.Task, accelerator: Accelerator, share: 
 
 def _processes() -> PartialState:
     """The processes of this run; on a machine without a GPU those of a launcher are only found if one says so."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    found = PartialState(cpu=not torch.accelerator.is_available())
+    if found.num_processes > 1:
+        _part_at_exit()
+    return found
+
+
+@cache
+def _part_at_exit() -> None:
+    """Leave the other processes when this one ends, and not before: it may train more than one run."""
+    atexit.register(_part)
+
+
+def _part() -> None:
+    # gloo's threads need the interpreter's lock to let go of what they sent last. Asleep, this one does not hold it;
+    # going on, it could wait for them with the lock in its hand, or end under them: for ever the one, SIGABRT the other
+    # (pytorch/pytorch issue 190489).
+    time.sleep(0.1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _gather(value: Any) -> list[Any]:
     """What each process has, on all of them."""
-    found = list(gather_object([value]))
-    _processes().wait_for_everyone()  # gloo frees what it has sent at its next turn; ending before that, it may hang
-    return found
+    return list(gather_object([value]))
 
 
 def _compile(task: tasks.Task, accelerator: Accelerator, loss: Callable[[], Tensor]) -> None:

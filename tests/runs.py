@@ -89,6 +89,18 @@ def denoiser(home, name, **train):
     )
 
 
+def frozen(home, name, **data):
+    """A run that trains the U-Net of a finished model, with captions that can be counted."""
+    run = denoiser(home, name)
+    run.model.base = str(home / "runs/straight/model")
+    run.model = type(run.model)(base=run.model.base)
+    run.data.captions.keywords, run.data.captions.fillers = 0.0, []
+    run.data.captions.templates = ["{}", "a {}"]
+    for field, value in data.items():
+        setattr(run.data, field, value)
+    return run
+
+
 def weights(folder):
     path = checkpoint.latest(folder / "checkpoints")
     return {name: load_file(path / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
@@ -118,19 +130,20 @@ def stop_and_go_on(run, monkeypatch, stop_after):
     trainer.train(run, quiet=True)
 
 
-def command(home, run, processes=1, script=ROOT / "train.py"):
-    """The command line that trains a run, and its environment."""
-    file = home / f"{run.name}.yaml"
-    file.write_text(config.dump(run))
-    words = [str(script), str(file)]
+def command(home, *runs, processes=1, script=ROOT / "train.py"):
+    """The command line that trains a run, or several one after the other, and its environment."""
+    files = [home / f"{run.name}.yaml" for run in runs]
+    for file, run in zip(files, runs, strict=True):
+        file.write_text(config.dump(run))
+    words = [str(script), *map(str, files)]
     if processes > 1:
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
         words = [*launch, "--main_process_port", "0", "--num_processes", str(processes), *words]
     return [sys.executable, *words], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def train_with(home, run, processes, script=ROOT / "train.py"):
-    words, environment = command(home, run, processes, script)
+def train_with(home, *runs, processes, script=ROOT / "train.py"):
+    words, environment = command(home, *runs, processes=processes, script=script)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=home)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{processes} process{'es' if processes > 1 else ''} x {8 // processes} pictures" in done.stderr

@@ -218,7 +218,7 @@ def test_a_model_trains_from_shards_and_goes_on_bit_for_bit(home, straight, shar
 def test_two_processes_read_shards_like_one(home, straight, shards):
     alone, shared = (streamed(home, shards, name) for name in ("streamed-alone", "streamed-shared"))
     trainer.train(alone, quiet=True)
-    train_with(home, shared, 2)
+    train_with(home, shared, processes=2)
     assert metrics(shared.folder) == pytest.approx(metrics(alone.folder), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""``train.py``, noting in the run's folder what each optimizer step uses: its learning rate and its gradients."""
+"""``train.py`` of several runs, noting in their folders what each optimizer step uses: learning rate and gradients."""
 
 import os
 import sys
@@ -44,7 +44,8 @@ def watched(double=False):
 
 
 if __name__ == "__main__":
-    run = config.load(sys.argv[1])
-    with watched(double="double" in run.name) as notes:
-        trainer.train(run)
-    torch.save(notes, run.folder / f"notes-{os.environ['RANK']}.pt")
+    for file in sys.argv[1:]:
+        run = config.load(file)
+        with watched(double="double" in run.name) as notes:
+            trainer.train(run)
+        torch.save(notes, run.folder / f"notes-{os.environ['RANK']}.pt")
