@@ -38,8 +38,8 @@ def read(texts: Texts, size: tuple[int, int]) -> Found | None:
         return None
     try:
         found = READERS[key](texts)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"its {key} is not written as it should be ({type(error).__name__}: {error})") from None
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"its {key!r} is damaged, or of a program that is not known here") from None
     return found._replace(record={"width": size[0], "height": size[1]} | found.record)
 
 

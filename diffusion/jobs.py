@@ -103,7 +103,7 @@ def read_jobs(path: str | Path) -> list[Row]:
         raise ValueError(f"{path} cannot be read as a list of prompts ({error})") from None
     try:
         rows = [_row(number, said) for number, said in READERS.get(path.suffix.lower(), _lines)(text)]
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not rows:
         raise ValueError(f"{path} holds no prompt: write one a line")
@@ -239,14 +239,20 @@ def _object(line: str) -> dict[str, Any]:
 def _table(text: str) -> Iterator[tuple[int, Said]]:
     """A header and a row a picture; an empty cell is a value that is not given."""
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
-    header = [field_of(name) for name in next(reader, [])]
+    names = next(reader, [])
+    if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)) is not None:
+        raise ValueError(f"its cells have {other!r} between them: write commas")
+    header = [field_of(name) for name in names]
     if "prompt" not in header:
         raise ValueError("the first line is no header with a column named prompt")
     number = reader.line_num + 1
-    for cells in reader:
-        if any(cells):
-            yield number, _said(lambda cells=cells: _cells(header, cells))  # type: ignore[misc]
-        number = reader.line_num + 1
+    try:
+        for cells in reader:
+            if any(cells):
+                yield number, _said(lambda cells=cells: _cells(header, cells))  # type: ignore[misc]
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"the row of line {number} is no CSV ({error}): quotes come in pairs") from None
 
 
 def _cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def reason(error: Exception) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, CheckerError):
         return text
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}: install the toolkit with its libraries first, pip install -c constraints.txt -e ."
     if is_short(error):
         return text if text.startswith("out of memory: ") else "out of memory: ask for a smaller --size"
     return text if isinstance(error, OSError | FloatingPointError) else f"{type(error).__name__}: {text}"

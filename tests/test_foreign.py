@@ -332,7 +332,7 @@ UNREADABLE = [
         {"prompt": without(_6={"class_type": "Note", "inputs": {"text": "red", "clip": ["11", 0]}})},
         "positive prompt is no plain",
     ),
-    ({"sd_metadata": '{"image": 5}'}, "not written as it should be"),
+    ({"sd_metadata": '{"image": 5}'}, "its 'sd-metadata' is damaged, or of a program that is not known"),
 ]
 
 

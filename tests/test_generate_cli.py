@@ -31,6 +31,21 @@ def test_a_prompt_makes_one_picture_and_its_path_is_all_of_stdout(draw: Command)
     assert Image.open(path).size == (16, 16)
 
 
+@pytest.mark.parametrize(("size", "far"), [("24x16", False), ("32x16", True), ("16x8", True)])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_size_far_from_the_models_own_is_told_once(
+    draw: Command, size: str, far: bool, dry: list[str], listed: bool
+) -> None:
+    Path("list.txt").write_text("a red apple\na blue boat\n")
+    words = ["--prompts", "list.txt"] if listed else ["a red apple", "a blue boat"]
+    said = draw(*words, "--size", size, "-s", "1", *dry)
+    (hires,) = [line for line in said.err.splitlines() if "far from" in line] or [""]
+    assert (f"{size} is far from the model's own 16x16" in hires) == far
+    assert ("--hires" in hires) == (size == "32x16")
+    assert "far from" not in draw(*words, "--size", size, "-s", "1", *dry, "--quiet").err
+
+
 FLAGS = [
     (["--negative-prompt", "blue boat"], {"negative_prompt": "blue boat"}),
     (["--negative_prompt=blue_boat --x"], {"negative_prompt": "blue_boat --x"}),

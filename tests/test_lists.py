@@ -121,7 +121,12 @@ def test_lists_of_prompts_draw_their_choices(draw, tmp_path):
         ("x.csv", "red apple,3\n", "unknown name 'red apple'"),
         ("x.csv", "steps,seed\n3,1\n", "no header with a column named prompt"),
         ("x.csv", "prompt,setps\na,3\n", "did you mean 'steps'"),
-        ("x.csv", 'prompt\n"a', "x.csv: "),
+        (
+            "x.csv",
+            'prompt,seed\na,1\n"b,2\nc,3\n',
+            "line 3 is no CSV (unexpected end of data): quotes come in pairs",
+        ),
+        ("x.csv", "prompt;seed\na;1\n", "x.csv: its cells have ';' between them: write commas"),
         ("x.csv", "", "no header"),
     ],
 )

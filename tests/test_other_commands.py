@@ -1,6 +1,7 @@
 """``diffusion info`` and ``diffusion evaluate``: what they print, and one line for a wrong request."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
+from commands import ROOT
 from diffusion.cli import main
 
 
@@ -33,6 +35,20 @@ def test_a_reader_that_leaves_is_no_matter():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "prog"),
+    [
+        (["generate.py", "apple"], "generate.py"),
+        (["train.py", "configs/emoji.yaml"], "train.py"),
+        (["-m", "diffusion", "ui"], "diffusion"),
+    ],
+)
+def test_a_copy_that_is_not_installed_says_so_in_one_line(words, prog):
+    done = subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"{prog}: No module named '\w+': install the toolkit .*pip install .*\n", done.stderr)
 
 
 def test_info_describes_models_and_pictures(tiny_model, tmp_path, capsys):

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from diffusion.names import did_you_mean
+from diffusion.notices import reason
 
 COMMANDS = {
     "generate": "make pictures from text",
@@ -58,7 +59,12 @@ def enter(run: Callable[[], int] = main) -> NoReturn:
     again and once more at the exit, is a quarter of the time of a first picture.
     """
     gc.set_threshold(1_000_000)
-    code = run()
+    try:
+        code = run()
+    except ModuleNotFoundError as error:  # of a copy that is not installed
+        prog = os.path.basename(sys.argv[0]).replace("__main__.py", "diffusion")
+        print(f"{prog}: {reason(error)}", file=sys.stderr)
+        code = 1
     gc.freeze()
     sys.exit(code)
 

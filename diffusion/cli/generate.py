@@ -6,7 +6,7 @@ Nothing slow is imported before the request has been checked as far as it can be
 
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import chain
@@ -99,6 +99,7 @@ def begin(request: Request, voice: Voice, loaded: "dict[str, TextToImage]") -> C
     if request.made is not None:
         tell_again(request.made, voice)
     tell(outline.model.reports, voice)
+    tell_of_sizes(outline, [plan.full for plan in plans], voice)
     if args.dry_run:
         for line in request.summary(plans):
             voice.note(line)
@@ -156,6 +157,14 @@ def tell(reports: Mapping[str, str], voice: Voice) -> None:
     for path, report in reports.items():
         voice.note(f"{path}: {report}")
         voice.event("lora", path=path, report=report)
+
+
+def tell_of_sizes(model: "TextToImage", filled: Iterable[Settings], voice: Voice) -> None:
+    """Each size that the model is not made for, once."""
+    for width, height in dict.fromkeys((full.width, full.height) for full in filled):
+        assert width is not None and height is not None  # noqa: PT018 - by filled()
+        if (line := model.model.recipe.too_far(width, height)) is not None:
+            voice.note(line)
 
 
 def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: Voice, total: int) -> int:

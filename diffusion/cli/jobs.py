@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion import jobs
 from diffusion.cli import request
-from diffusion.cli.generate import follow, sheet_of, tell, watched
+from diffusion.cli.generate import follow, sheet_of, tell, tell_of_sizes, watched
 from diffusion.cli.listed import Listed, Task, planned, processes, share_of, told_of
 from diffusion.cli.voice import Voice
 from diffusion.jobs import Job, Result
@@ -74,6 +74,7 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         said = f"{plan.full.prompts[0]!r}: {pictures}, {size}, {request.how(plan.full)}, seed {plan.full.seed}"
         voice.note(f"row {task.number}: would draw {said}")
+    tell_of_sizes(outline, (outline.resolved(job.wanted) for job in left if job.wanted is not None), voice)
     batches = (outline.plan(jobs.joined(some)) for some in jobs.together(outline, left))
     largest = max(batches, key=request.pixels_at_once, default=None)
     if largest is not None:
@@ -120,7 +121,9 @@ def _draw(listed: Listed, left: Sequence[Task], manifest: "Manifest", voice: Voi
     with voice.leaving():
         model, images = listed.load(weights=True), list["Image.Image"]()
     task_of = {id(task.job): task for task in left}
-    total = sum(model.resolved(task.job.wanted).total_steps * task.job.wanted.count for task in left if task.job.wanted)
+    filled = [model.resolved(task.job.wanted) for task in left if task.job.wanted is not None]
+    tell_of_sizes(model, filled, voice)
+    total = sum(full.total_steps * full.count for full in filled)
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
         hand = Hand(listed, model, manifest, voice, bar, images)
         counts, others = Counter[str](), list[Task]()

@@ -51,6 +51,14 @@ class Recipe:
     prompts: list[str] = field(default_factory=list)
     latent_rgb: list[list[float]] | None = None  # from latents and a one to colours, for cheap previews
 
+    def too_far(self, width: int, height: int) -> str | None:
+        """What to know of a size that is far from the model's own: of such pictures it has seen none."""
+        ratios = width / self.width, height / self.height
+        if all(0.5 < ratio < 2 for ratio in ratios):
+            return None
+        remedy = "; --hires enlarges what it draws there" if max(ratios) >= 2 else ""
+        return f"{width}x{height} is far from the model's own {self.width}x{self.height}: shapes may break{remedy}"
+
 
 @dataclass(kw_only=True)
 class Forward:
