@@ -21,8 +21,9 @@ from diffusion.settings import Settings
 if TYPE_CHECKING:
     from diffusion.models.control import Control
 
-KEPT = 107 * 2**20  # by kernels and their libraries once they have run; this and COPIES were measured on a CPU
-COPIES = 3  # of what is alive: kernels read and write layouts of their own
+KEPT = 107 * 2**20  # by kernels and their libraries once they have run; this and what is below were measured on a CPU
+COPIES = 3  # of what is alive: kernels read and write layouts of their own, whose blocks are kept when they are free,
+RETAINED = 250 * 2**20  # but for large ones (of 32 MiB with glibc): beyond what is alive this is the most
 MARGIN = 1.25  # buffers of kernels and of the backward pass, on top of what autograd keeps
 
 
@@ -97,7 +98,7 @@ class Drawn(NamedTuple):
     @property
     def peak(self) -> int:
         """What a process grows by; a batch is decoded when its last step is done, one picture at a time."""
-        return self.weights + COPIES * max(self.evaluation, self.decoding) + KEPT
+        return self.weights + taken(max(self.evaluation, self.decoding)) + KEPT
 
     def __str__(self) -> str:
         """In words."""
@@ -121,7 +122,12 @@ def drawing_bytes(model: Model, full: Settings, chunks: int = 1, control: "Contr
 
 def decoding_bytes(model: Model, size: Sequence[int]) -> int:
     """What decoding a picture of a width and height takes, of a model with weights, and of one without."""
-    return COPIES * _decoding(_outline(model.vae), size)
+    return taken(_decoding(_outline(model.vae), size))
+
+
+def taken(alive: int) -> int:
+    """What a process grows by for tensors of so many bytes."""
+    return min(COPIES * alive, alive + RETAINED)
 
 
 def largest_batch(
@@ -131,8 +137,9 @@ def largest_batch(
     outline, net = replace(model, unet=_outline(model.unet)), None if control is None else _outline(control.net)
     to_come = _weights(model, net) if model.device.type == "meta" else 0
     budget = free_bytes(device) - KEPT - to_come
-    first, second = (COPIES * _evaluation(outline, full, count, chunks, net) for count in (1, 2))
-    return max(1, min(full.count, 1 + int((budget - first) // (second - first))))
+    alive = max(budget // COPIES, budget - RETAINED)  # the most of which no more is ``taken``
+    first, second = (_evaluation(outline, full, count, chunks, net) for count in (1, 2))
+    return max(1, min(full.count, 1 + (alive - first) // (second - first)))
 
 
 def _outline(network: Any) -> Any:
