@@ -1,5 +1,6 @@
 """Shared fixtures: a model folder small enough to draw with in a blink."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,3 +159,17 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.controlnet_cond_embedding.conv_out.weight *= 4
     made.save_pretrained(sd1.parent / "net")
     return sd1.parent / "net"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight plain pictures, listed with captions, groups and a split."""
+    rows = []
+    for n in range(8):
+        Image.new("RGB", (16, 16), (n * 30, 0, 255 - n * 30)).save(tmp_path / f"{n}.png")
+        base, split = ("pair" if n < 2 else f"base {n}"), ("held_out" if n == 7 else "train")
+        rows.append(
+            {"file_name": f"{n}.png", "text": f"thing {n}", "keywords": ["k", f"w{n}"], "base": base, "split": split}
+        )
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
