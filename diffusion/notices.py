@@ -26,10 +26,17 @@ def tell(warning: Warning) -> None:
     warnings.warn_explicit(warning, type(warning), frame.f_code.co_filename, frame.f_lineno)
 
 
+SHORT = (
+    "out of memory",
+    "allocate memory",
+    *("could not create a primitive", "could not create a memory"),  # in oneDNN's words
+)
+
+
 def is_short(error: BaseException) -> bool:
     """Whether an error says that memory was short: PyTorch has several, and some of them say so in their text alone."""
     text = str(error).lower() if isinstance(error, RuntimeError | OSError) else ""
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in SHORT)
 
 
 def reason(error: Exception) -> str:

@@ -154,7 +154,7 @@ class Page:
         self.command = gr.Textbox(
             label="The command line that draws this again",
             lines=3,
-            max_lines=4,
+            max_lines=8,
             interactive=False,
             elem_id="command",
         )
@@ -231,7 +231,7 @@ class Page:
         what = ", ".join([str(path) for path in files[:1]] + ([f"and {len(files) - 1} more"] if len(files) > 1 else []))
         note = f"Stopped: {what or 'no picture'}" if stopped else f"Done: {what}"
         repairs = dict.fromkeys(text for path in files for text in troubles(path)["Repaired"])
-        looks = self._picture(files[0], len(files) == 1) if files else {}
+        looks = self._picture(files[0], len(files)) if files else {}
         return {self.status: _note("; ".join([note, *repairs]))} | self._browse() | looks
 
     def _browse(self) -> Updates:
@@ -256,19 +256,19 @@ class Page:
             canvas.read(path)  # to its last pixel: a browser shows what there is of half a file, and says nothing
             return self._picture(path)
         except Exception as error:  # whatever lies in the folder, the others can be looked at
-            return {self.picture: None, self.facts: _wrong(error), self.command: "", self.shown: None}
+            return {self.picture: None, self.facts: _wrong(error), self.command: "", self.shown: path}
 
-    def _picture(self, path: Path, alone: bool = True) -> Updates:
+    def _picture(self, path: Path, count: int = 1) -> Updates:
         """A picture with what is known of it; several that were drawn together are looked at as one sheet already."""
         try:
-            command = self.studio.command(path)
+            command = self.studio.command(path, count)
         except Exception as error:  # whatever its record says, it can be looked at
             command = f"# {_line(error)}"
         try:
             facts = _facts(path)
         except Exception as error:
             facts = _wrong(error)
-        looks = {self.picture: gr.Image(self._served(path), alt_text=path.stem)} if alone else {}
+        looks = {self.picture: gr.Image(self._served(path), alt_text=path.stem)} if count == 1 else {}
         return looks | {self.facts: facts, self.command: command, self.shown: path}
 
     def _stop(self, request: gr.Request) -> None:

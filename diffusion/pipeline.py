@@ -130,8 +130,8 @@ class TextToImage:
 
         Returns one RGB picture for each prompt and each of ``num_images``, prompt by prompt; ``Image.info`` says how
         it was made. Raises ValueError for a request that cannot be met. Numbers that are not finite, and memory that is
-        short, are repaired as far as they can be, with a ``Repaired`` warning, and raise FloatingPointError and
-        MemoryError only then.
+        short, are repaired as far as they can be, with a ``Repaired`` warning, and raise FloatingPointError (at the
+        end, when all other pictures are drawn) and MemoryError only then.
         """
         batches = (step.images for step in self.stream(prompt, **settings) if step.images is not None)
         return [image for images in batches for image in images]
@@ -238,6 +238,7 @@ class TextToImage:
                         yield from self._batch(drawing, batch, repairs)
                 except FAULTS as fault:
                     left.extendleft(reversed(repairs.again(batch, fault)))
+            repairs.end()
 
     def _batch(self, drawing: "Drawing", batch: "Batch", repairs: "Repairs") -> Iterator[Progress]:
         total = drawing.full.total_steps

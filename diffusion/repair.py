@@ -8,7 +8,8 @@ memory is short                              the autoencoder in tiles; half as m
 ===========================================  =======================================================================
 
 Precision is the matter of one picture: whoever was beside it or before it is drawn as was asked for, so what it records
-draws it again. Memory is the matter of a call. At its end the model is what it was, to the last bit.
+draws it again, also where nothing helps this one. Memory is the matter of a call. At its end the model is what it was,
+to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,15 @@ from torch import Tensor, nn
 from diffusion import loading, memory
 from diffusion.models import previews
 from diffusion.models.folder import Model
-from diffusion.models.networks import AutoencoderNotFinite, UNetNotFinite, decode, encode, first_weight, tiled
+from diffusion.models.networks import (
+    AutoencoderNotFinite,
+    NotFinite,
+    UNetNotFinite,
+    decode,
+    encode,
+    first_weight,
+    tiled,
+)
 from diffusion.notices import Repaired, is_short, tell
 from diffusion.settings import Shot
 
@@ -83,6 +92,7 @@ class Repairs:
     whole: bool = False  # tiles would show: edges are to fit each other
     most: int | None = None  # pictures at once
     said: list[str] = field(default_factory=list)  # of all that is drawn from now on
+    _lost: dict[Shot, Exception] = field(default_factory=dict)  # pictures that nothing helped
     _undo: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -133,6 +143,8 @@ class Repairs:
                         found = attempt()
                 except FAULTS as fault:
                     said = self._climb(fault, rungs)
+                    if said is None and batch is not None and isinstance(fault, NotFinite):
+                        raise type(fault)(str(fault), [n in whose for n in range(len(batch.shots))]) from fault
                     if said is None:
                         raise
                     finer += [] if is_short(fault) else [said]
@@ -154,25 +166,42 @@ class Repairs:
             yield
 
     def again(self, batch: Batch, fault: Exception) -> list[Batch]:
-        """The batches to draw in place of one that failed. The fault again, and what was tried, if nothing is left."""
+        """The batches to draw in place of one that failed. The fault again, and what was tried, if nothing is left.
+
+        Pictures that no precision helps are left out; ``end`` tells of them.
+        """
         if isinstance(fault, BeginAgain):
             return [batch]
-        if isinstance(fault, UNetNotFinite) and not batch.finer and self.dtype != torch.float32:
+        if isinstance(fault, NotFinite) and fault.which:
             return list(self._apart(batch, fault))
         if not is_short(fault):
             raise fault
         rungs: Rungs = {MemoryError: (lambda: self._halves(len(batch.shots)), self._offload)}
         if self._climb(fault, rungs) is None:
-            raise MemoryError("; ".join(["out of memory: ask for a smaller picture", *self.said])) from fault
+            tried = "; ".join(text.removeprefix("out of memory: ") for text in self.said)
+            remedy = "out of memory: ask for a smaller picture"
+            raise MemoryError(f"{remedy} (what was tried: {tried})" if tried else remedy) from fault
         return [batch]
 
-    def _apart(self, batch: Batch, fault: UNetNotFinite) -> Iterator[Batch]:
+    def end(self) -> None:
+        """When all is drawn. FloatingPointError for the pictures that nothing helped."""
+        if self._lost:
+            seeds, fault = ", ".join(str(shot.seed) for shot in self._lost), next(iter(self._lost.values()))
+            raise FloatingPointError(f"{fault}: no picture of seed {seeds}") from fault
+
+    def _apart(self, batch: Batch, fault: NotFinite) -> Iterator[Batch]:
         """Neighbours that failed, and those that did not: in float32 and as they were, in their order."""
-        said = self._say(f"{fault}: drawn again in float32")
+        how: dict[str, Any] | None = None
+        if isinstance(fault, UNetNotFinite) and not batch.finer and self.dtype != torch.float32:
+            how = {"finer": True, "before": (*batch.before, self._say(f"{fault}: drawn again in float32"))}
         for failed, some in groupby(zip(batch.shots, fault.which, strict=True), key=lambda pair: pair[1]):
             shots = [shot for shot, _ in some]
-            how: dict[str, Any] = {"finer": True, "before": (*batch.before, said)} if failed else {}
-            yield replace(batch, shots=shots, **how)
+            if not failed:
+                yield replace(batch, shots=shots)
+            elif how is not None:
+                yield replace(batch, shots=shots, **how)
+            else:
+                self._lost |= dict.fromkeys(shots, fault)
 
     # --- the rungs
 

@@ -202,15 +202,19 @@ class Studio:
         given = {name: str(file) for name, file in named.items() if file.is_file()}
         return recall(path, model=self.name, loras=self.loras, **given)
 
-    def command(self, path: Path) -> str:
-        """The line that draws a picture again. ValueError for one that this page's model does not draw."""
+    def command(self, path: Path, count: int = 1) -> str:
+        """The line that draws a picture again, and those of its call that came after it, ``count`` in all.
+
+        ValueError for one that this page's model does not draw.
+        """
         made = self.recalled(path)
         self._refuse_others(made.record)
+        wanted = replace(made.settings, num_images=count)
         machine = [*flag("model", self.name), *flag("dtype", _short_dtype(made))]
         machine += [word for lora, weight in self.loras.items() for word in flag("lora", f"{lora}:{weight!r}")]
         machine += [] if self.device is None else flag("device", self.device)
         machine += [] if self.output == Path(DEFAULT_FOLDER) else flag("output", f"{self.output}/")
-        return shlex.join(["python", "generate.py", *words(made.settings), *machine])
+        return shlex.join(["python", "generate.py", *words(wanted), *machine])
 
     def _refuse_others(self, record: Mapping[str, Any]) -> None:
         """ValueError for what another model has drawn, or this one with something else on it."""

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import Command
-from diffusion import TextToImage, drawing
-from diffusion.models.networks import first_weight
+from commands import Command, made
+from diffusion import TextToImage, drawing, repair
+from diffusion.models.networks import AutoencoderNotFinite, first_weight
 from diffusion.notices import Repaired
 from families import psnr
 
@@ -230,6 +230,58 @@ def test_what_nothing_helps_is_an_error_and_leaves_the_model_as_it_was(half: Tex
     ):
         half(PROMPT, seed=1)
     assert {network.dtype for network in half.model.networks.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_picture_that_nothing_helps_takes_no_other_with_it(
+    draw: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, part: str, dtype: str
+) -> None:
+    call = {"seed": 1, "num_images": 4, "batch_size": 3}
+    t2i = TextToImage.load(tiny_model, "cpu", dtype)
+    plain, drawn = t2i(PROMPT, **call), list[Image.Image]()
+    hopeless = _spoil_seed_2(monkeypatch, t2i, part)
+    with warnings.catch_warnings(), pytest.raises(FloatingPointError, match=r"not finite.*: no picture of seed 2$"):
+        warnings.simplefilter("ignore", Repaired)
+        drawn.extend(image for step in t2i.stream(PROMPT, **call) for image in step.images or ())
+    assert hopeless, "it was tried"
+    assert [image.tobytes() for image in drawn] == [plain[n].tobytes() for n in (0, 2, 3)]
+    assert [repairs_of(image) for image in drawn] == [[], [], []]
+    told = draw(PROMPT, "-s", "1", "--num-images", "4", "--batch-size", "3", "--dtype", dtype)
+    assert told.code == 1
+    assert [made(path)["seed"] for path in told.paths] == [1, 3, 4]
+    assert told.err.splitlines()[-1].endswith("no picture of seed 2")
+
+
+def _spoil_seed_2(monkeypatch: pytest.MonkeyPatch, t2i: TextToImage, part: str) -> list[int]:
+    """Whatever the precision, seed 2 comes out as NaN of the U-Net, or of the decoder."""
+    (start,), tried = t2i.first_noise([2], 16, 16), list[int]()
+    (final,) = [step.latents[0] for step in t2i.stream(PROMPT, seed=2)][-1:]
+    if part == "unet":
+        whole = drawing.network_denoiser
+
+        def faulty(*given: Any) -> Any:
+            denoise = whole(*given)
+
+            def spoilt(x: torch.Tensor, level: Any) -> torch.Tensor:
+                seen = rows_of(start)(x)
+                tried.extend(seen.nonzero().flatten().tolist())
+                return denoise(x, level).masked_fill(seen.view(-1, 1, 1, 1), math.nan)
+
+            return spoilt
+
+        monkeypatch.setattr(drawing, "network_denoiser", faulty)
+        return tried
+    decode = repair.decode
+
+    def refuse(vae: Any, latents: torch.Tensor) -> Any:
+        if (latents - final).abs().max() < 0.1:
+            tried.append(1)
+            raise AutoencoderNotFinite("the autoencoder put out numbers that are not finite")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(repair, "decode", refuse)
+    return tried
 
 
 def test_a_picture_to_begin_from_that_cannot_be_encoded_is_encoded_in_float32(half: TextToImage) -> None:

@@ -199,6 +199,7 @@ def test_a_prompt_becomes_a_picture_that_its_line_draws_again(page, site):
 
 def test_a_picture_of_the_gallery_gives_its_settings_back(page, site):
     assert drawn(page, Prompt="rocket", Seed=12, Steps=3, Pictures=2).startswith("Done: ")
+    assert "--num-images 2" in page.locator("#command textarea").input_value(), "all that was drawn"
     path = site[1] / "chosen.png"
     newest(site[1]).rename(path)
     os.utime(path, (2**32, 2**32))  # the newest for ever
@@ -316,7 +317,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_others_are_shown(page, site):
         assert not told.count() or f"{name}: cannot be read as a picture" in told.inner_text()
     assert not page.locator(".toast-body").count()
     page.get_by_role("button", name="Reuse last").click()
-    page.get_by_role("alert").filter(has_text="no picture is chosen").wait_for()
+    page.locator("#status [role=alert]").filter(has_text="empty.png: cannot be read as a picture").wait_for()
     for name in broken:
         (site[1] / name).unlink()
 

@@ -120,6 +120,7 @@ def test_each_picture_of_a_call_has_its_own_line(studio):
         found = again(studio.command(path))
         assert decibels(found, path) >= 60
         assert made(found) == made(path)
+    assert "--num-images 3" in studio.command(seen[-1].files[0], 3)
     assert sorted(studio.pictures(9), reverse=True) == studio.pictures(9), "the newest is the first"
     assert len(studio.pictures(2)) == 2
 
@@ -320,7 +321,7 @@ def test_a_port_in_use_and_a_missing_library_are_told(capsys, monkeypatch, tmp_p
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["ui", "--port", str(port)]) == 2
-    assert f"port {port} (Address already in use): give another --port" in capsys.readouterr().err
+    assert f"port {port} (Address already in use): give another --host or --port" in capsys.readouterr().err
     monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: None)
     assert main(["ui", "--port", "0"]) == 2
     assert capsys.readouterr().err == "diffusion ui: the page needs gradio: pip install -e '.[ui]'\n"

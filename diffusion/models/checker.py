@@ -9,6 +9,7 @@ import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffusion.models.stock import bare_packages, no_bar
+from diffusion.places import title_of
 
 with bare_packages():
     from diffusers.pipelines.stable_diffusion import safety_checker
@@ -29,7 +30,8 @@ class StockChecker:
         pixels = self.process(images=images, return_tensors="pt").pixel_values
         painted = [torch.zeros(1) for _ in images]  # what it makes black, in place of pictures
         _, flagged = self.net(clip_input=pixels, images=painted)
-        return [f"{self} takes it for unsafe" if one else None for one in flagged]
+        name = title_of(self.path.parent)  # it goes into the picture, and where a folder lies is nobody's business
+        return [f"the safety checker of {name} takes it for unsafe" if one else None for one in flagged]
 
     def __str__(self) -> str:
         return str(self.path)

@@ -16,16 +16,20 @@ from torch.distributed.tensor import DTensor
 from diffusion.models.stock import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 
 
-class AutoencoderNotFinite(FloatingPointError):
-    """An autoencoder put out numbers that are not finite."""
+class NotFinite(FloatingPointError):
+    """A network put out numbers that are not finite; ``which``: for each picture of a batch whether it did."""
 
-
-class UNetNotFinite(FloatingPointError):
-    """A U-Net, or what leads it, put out numbers that are not finite; ``which``: for each picture whether it did."""
-
-    def __init__(self, message: str, which: Sequence[bool]) -> None:
+    def __init__(self, message: str, which: Sequence[bool] = ()) -> None:
         super().__init__(message)
         self.which = which
+
+
+class AutoencoderNotFinite(NotFinite):
+    """An autoencoder did."""
+
+
+class UNetNotFinite(NotFinite):
+    """A U-Net did, or what leads it."""
 
 
 def build_autoencoder(arguments: dict[str, Any]) -> AutoencoderKL:
