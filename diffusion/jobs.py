@@ -4,6 +4,7 @@ A row that is wrong says why (``Row.fault``) and spoils no other; a file that is
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from diffusion.options import field_of, read_line, read_text, settled
+from diffusion.notices import reason
+from diffusion.options import field_of, named, read_line, read_text, settled
 from diffusion.prompts import expand
 from diffusion.settings import Settings, Shot
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Said = Mapping[str, Any] | ValueError  # what a row says: field -> value, or why it cannot be read
+UNMET = (ValueError, OSError, ArithmeticError, MemoryError)  # of a row that is wrong, or more than a machine can do
 
 
 class Step(Protocol):
@@ -79,6 +82,11 @@ class Job:
     wanted: Settings | None
     error: Exception | None = None
 
+    @classmethod
+    def refused(cls, row: Row, error: Exception) -> "Job":
+        """One that cannot be met, whatever has told so: a ValueError."""
+        return cls(row, None, error if isinstance(error, ValueError) else ValueError(reason(error)))
+
 
 class Result(NamedTuple):
     """What has come of a row: its pictures, or an error. ValueError: it cannot be met. Any other: drawing failed."""
@@ -99,7 +107,9 @@ def read_jobs(path: str | Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file in UTF-8: a list is one, for instance with a prompt a line") from None
+    except OSError as error:
         raise ValueError(f"{path} cannot be read as a list of prompts ({error})") from None
     try:
         rows = [_row(number, said) for number, said in READERS.get(path.suffix.lower(), _lines)(text)]
@@ -167,8 +177,8 @@ def _planned(model: Drawer, row: Row, call: Mapping[str, Any]) -> Job:
         wanted = row.settings(**call)
         model.plan(wanted)
         return Job(row, wanted)
-    except ValueError as error:
-        return Job(row, None, error)
+    except UNMET as error:
+        return Job.refused(row, error)
 
 
 def _alike(job: Job) -> Settings:
@@ -214,7 +224,7 @@ def _fault(fields: Mapping[str, Any], output: Any, model: Any) -> str:
 
 def _lines(text: str) -> Iterator[tuple[int, Said]]:
     """A prompt a line, with options behind it; blank lines and those of ``#`` are left out."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, _said(lambda line=line: read_line(line.strip()))  # type: ignore[misc]
 
@@ -231,34 +241,36 @@ def _object(line: str) -> dict[str, Any]:
         pairs = json.loads(line, object_pairs_hook=lambda pairs: pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON ({error.msg} at character {error.pos + 1})") from None
+    except RecursionError:
+        raise ValueError("it is no JSON that a row can be: too many brackets are in each other") from None
     if not line.lstrip().startswith("{"):
         raise ValueError('it is no JSON object: write {"prompt": "a red apple"}')
-    return settled((field_of(name), value) for name, value in pairs if value is not None)
+    return settled(named(name, value) for name, value in pairs if value is not None)
 
 
 def _table(text: str) -> Iterator[tuple[int, Said]]:
     """A header and a row a picture; an empty cell is a value that is not given."""
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names = next(reader, [])
     if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)) is not None:
         raise ValueError(f"its cells have {other!r} between them: write commas")
-    header = [field_of(name) for name in names]
-    if "prompt" not in header:
+    if "prompt" not in [field_of(name) for name in names]:
         raise ValueError("the first line is no header with a column named prompt")
     number = reader.line_num + 1
     try:
         for cells in reader:
             if any(cells):
-                yield number, _said(lambda cells=cells: _cells(header, cells))  # type: ignore[misc]
+                yield number, _said(lambda cells=cells: _cells(names, cells))  # type: ignore[misc]
             number = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"the row of line {number} is no CSV ({error}): quotes come in pairs") from None
 
 
-def _cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-    if len(cells) > len(header):
-        raise ValueError(f"{len(cells)} cells under {len(header)} names: quote a cell that holds a comma")
-    return settled((name, read_text(name, cell)) for name, cell in zip(header, cells, strict=False) if cell)
+def _cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    if len(cells) > len(names):
+        raise ValueError(f"{len(cells)} cells under {len(names)} names: quote a cell that holds a comma")
+    fields = [named(name, cell) for name, cell in zip(names, cells, strict=False) if cell]
+    return settled((field, read_text(field, cell)) for field, cell in fields)
 
 
 def _said(read: Callable[[], dict[str, Any]]) -> Said:

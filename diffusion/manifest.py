@@ -1,6 +1,7 @@
 """What has come of the rows of a list, one line each in ``manifest.jsonl``, and who is at work on which of them.
 
-A row is known by a key: a hash of what it asks for. A line is appended whole and settled on disk before the next row
+A row is known by a key: a hash of what it asks for. A picture belongs to the row that was the last to write it: one
+that another row has drawn over is done no more. A line is appended whole and settled on disk before the next row
 begins. A process claims a row by a lock that the system takes back when the process ends, however it ends: nothing has
 to be cleaned up after one that was killed.
 """
@@ -14,7 +15,42 @@ from pathlib import Path
 from typing import Any
 
 NAME, LOCKS = "manifest.jsonl", ".manifest.lock"
+DONE = "done"
 AT_WORK, APPENDING, ROWS = 0, 1, 2  # bytes of the lock file; those from ROWS on stand for keys
+
+
+class Told:
+    """What lines tell of rows, and in the end of each."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._lines = dict[str, dict[str, Any]]()
+        self._owners = dict[str, str]()  # file -> the row that it is the picture of
+        self.add(data)
+
+    def add(self, data: bytes) -> set[str]:
+        """Read on, and say of which rows."""
+        news = list(_lines(data))
+        for line in news:
+            self._lines[line["key"]] = line
+            self._owners |= dict.fromkeys(_files(line), line["key"])
+        return {line["key"] for line in news}
+
+    def line_of(self, key: str) -> dict[str, Any] | None:
+        """The last that was told of a row."""
+        return self._lines.get(key)
+
+    def is_done(self, key: str) -> bool:
+        """Whether a row has pictures that are still there, and still its own."""
+        line = self.line_of(key)
+        return (
+            line is not None
+            and line["status"] == DONE
+            and all(self._owners[file] == key and Path(file).is_file() for file in _files(line))
+        )
+
+    def done(self) -> set[str]:
+        """The rows that are."""
+        return {key for key in self._lines if self.is_done(key)}
 
 
 class Manifest:
@@ -28,8 +64,7 @@ class Manifest:
         self._file = os.open(folder / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self._locks = os.open(folder / LOCKS, os.O_RDWR | os.O_CREAT, 0o666)
         self._read = self._begin()
-        earlier = os.pread(self._file, self._read, 0) if resume else b""
-        self._lines = {line["key"]: line for line in _lines(earlier)}
+        self._told = Told(os.pread(self._file, self._read, 0) if resume else b"")
         self._fresh = set[str]()
 
     def close(self) -> None:
@@ -45,15 +80,18 @@ class Manifest:
 
     def line_of(self, key: str) -> dict[str, Any] | None:
         """The last that was told of a row."""
-        news = {line["key"]: line for line in self._news()}
-        self._lines |= news
-        self._fresh |= news.keys()
-        return self._lines.get(key)
+        self._read_on()
+        return self._told.line_of(key)
+
+    def is_done(self, key: str) -> bool:
+        """Whether a row has its pictures, whoever drew them."""
+        self._read_on()
+        return self._told.is_done(key)
 
     def is_settled(self, key: str) -> bool:
         """Whether a row has come to an end, whoever drew or refused it; one that failed before this call may yet be."""
         line = self.line_of(key)
-        return is_done(line) or key in self._fresh or (line is not None and line["status"] == "refused")
+        return self.is_done(key) or key in self._fresh or (line is not None and line["status"] == "refused")
 
     def wait(self) -> None:
         """Until nobody else is at work."""
@@ -68,7 +106,7 @@ class Manifest:
             yield False
             return
         try:
-            yield not is_done(self.line_of(key))
+            yield not self.is_done(key)
         finally:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
 
@@ -92,7 +130,7 @@ class Manifest:
         if not alone:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
         self._lock(APPENDING, wait=True)
-        size, told = os.fstat(self._file).st_size, self._told()
+        size, told = os.fstat(self._file).st_size, self._left()
         began, ranks = told.get("began", size), told.get("ranks", [])
         if alone and (not launch or told.get("launch") != launch or rank in ranks or began > size):
             began, ranks = size, []
@@ -104,7 +142,7 @@ class Manifest:
             fcntl.lockf(self._locks, fcntl.LOCK_SH, 1, AT_WORK)
         return int(began)
 
-    def _told(self) -> dict[str, Any]:
+    def _left(self) -> dict[str, Any]:
         """What those that began before us have left in the file of locks."""
         with suppress(ValueError):
             found = json.loads(os.pread(self._locks, os.fstat(self._locks).st_size, 0))
@@ -119,12 +157,12 @@ class Manifest:
             return False
         return True
 
-    def _news(self) -> Iterator[dict[str, Any]]:
-        """Lines that were not yet read, as far as they are whole."""
+    def _read_on(self) -> None:
+        """Take in what was not yet read, as far as its lines are whole."""
         data = os.pread(self._file, max(0, os.fstat(self._file).st_size - self._read), self._read)
         whole = data.rfind(b"\n") + 1
         self._read += whole
-        yield from _lines(data[:whole])
+        self._fresh |= self._told.add(data[:whole])
 
 
 def _launch() -> str:
@@ -139,19 +177,31 @@ def _launch() -> str:
 def finished(folder: Path) -> set[str]:
     """The keys of the rows that a folder holds as done; nothing is written."""
     file = folder / NAME
-    lines = {line["key"]: line for line in _lines(file.read_bytes())} if file.is_file() else {}
-    return {key for key, line in lines.items() if is_done(line)}
+    return Told(file.read_bytes()).done() if file.is_file() else set()
 
 
-def is_done(line: Mapping[str, Any] | None) -> bool:
-    """Whether a line tells of pictures that are still there."""
-    return line is not None and line["status"] == "done" and all(Path(one["path"]).is_file() for one in line["images"])
+def _files(line: Mapping[str, Any]) -> list[str]:
+    """The pictures of a row that is done, each under one name however it was written."""
+    return [os.path.abspath(one["path"]) for one in line["images"]] if line["status"] == DONE else []
 
 
 def _lines(data: bytes) -> Iterator[dict[str, Any]]:
-    """Those that tell of a row; one that was torn, by a power cut or a full disk, tells nothing."""
+    """Those that tell of a row; one that was torn, by a power cut or a full disk, or damaged, tells nothing."""
     for text in data.split(b"\n"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if isinstance(line, dict) and {"key", "status"} <= line.keys():
+            if _is_whole(line):
                 yield line
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether a line has what is read of it."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("key", "status")):
+        return False
+    images, withheld = (line.get(name, []) for name in ("images", "withheld"))
+    return (
+        isinstance(images, list)
+        and isinstance(withheld, list)
+        and all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in images)
+        and (line["status"] != DONE or "images" in line)
+    )

@@ -95,6 +95,14 @@ def field_of(name: str, known: Mapping[str, str] = ALIASES) -> str:
     raise ValueError(f"unknown name {name!r}{did_you_mean(plain, known)}")
 
 
+def named(name: str, value: Any, known: Mapping[str, str] = ALIASES) -> tuple[str, Any]:
+    """The field that a name stands for, and the value. ValueError for an ``n`` that is meant as elsewhere: how many."""
+    field = field_of(name, known)
+    if name.strip().lower() == "n" and re.fullmatch(r"\s*[+-]?\d+\s*", str(value)):
+        raise ValueError("n is the negative prompt here: num_images is how many pictures")
+    return field, value
+
+
 def read_text(field: str, text: str) -> Any:
     """A field's value as JSON would hold it, from text. ValueError if it is none."""
     try:
@@ -116,11 +124,11 @@ def settled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_line(line: str) -> dict[str, Any]:
     """A prompt and the options behind it. ValueError for an option that is unknown, or means nothing here."""
-    written = _quoted(line) if line.startswith("--") else _plain(line)
+    written = _quoted(line) if OPTION.match(line) else _plain(line)
     known = ALIASES | A1111 | KOHYA
     used = [(name, text) for name, text in written if text.lower() not in IDLE.get(name.lower(), ())]
-    pairs = [(field, _of_line(field, text)) for name, text in used for field in [field_of(name, known)]]
-    return _counted(settled(pairs))
+    fields = [named(name, text, known) for name, text in used]
+    return _counted(settled((field, _of_line(field, text)) for field, text in fields))
 
 
 def _plain(line: str) -> list[tuple[str, str]]:
@@ -140,6 +148,8 @@ def _quoted(line: str) -> list[tuple[str, str]]:
     for word in words:
         if OPTION.match(word) and " " not in word:
             found.append((word[2:], []))
+        elif not found:
+            raise ValueError(f'{word!r} is no option: write --prompt "a red apple"')
         else:
             found[-1][1].append(word)
     return [(name, " ".join(parts)) for name, parts in found]

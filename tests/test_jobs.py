@@ -100,6 +100,9 @@ def test_a_row_that_fails_while_it_is_drawn_is_1_and_its_batch_goes_on(draw, mon
     assert "4 rows: 2 drawn, 1 refused, 1 failed" in said.err
     monkeypatch.setattr("diffusion.repair.decode", lambda vae, x: [Image.new("RGB", (16, 16)) for _ in x])
     assert "came out black" in draw("--prompts", listing("list.txt", "red"), "--steps=1", "-o", "out/").err
+    monkeypatch.setattr(manifest.Manifest, "append", lambda *_: int("x"))
+    said = draw("--prompts", "list.txt", "--steps=1", "-o", "out/")
+    assert (said.code, said.err.count("\n")) == (1, 3), "a ValueError is no wrong request then"
 
 
 def test_rows_that_are_drawn_again_find_the_model_as_it_was(tiny, red, monkeypatch):
@@ -166,6 +169,14 @@ def _poisoned(condition):
     return fail
 
 
+def test_the_seed_of_a_call_is_said_where_a_row_has_it(draw):
+    words = ("--prompts", listing("list.txt", "red --seed 1", "blue --seed -1"), "--steps=1", "-o", "out/")
+    assert "seed" not in draw(*words).err
+    listing("list.txt", "red --seed 1", "blue")
+    said = draw(*words)
+    assert said.err == f"generate.py: seed {made(said.paths[1])['seed']}\n"
+
+
 # --- going on
 
 
@@ -187,6 +198,16 @@ def test_resume_does_what_is_not_done_or_has_changed_or_is_gone(draw, monkeypatc
         assert draw(*words).code == 0, "where nothing is left no weights are read"
     assert len(draw(*words[:-1]).paths) == 5, "without --resume all of it is drawn"
     assert draw(*words, "--cfg", "2").paths, "another call is another picture"
+
+
+def test_resume_knows_whose_picture_it_is(draw):
+    words = ("--prompts", "rows.jsonl", "-s", "1", "--steps", "1", "-o", "out/", "--resume")
+    for prompt in ("red apple", "panda", "red apple"):
+        (path,) = draw(*words[:1], listing("rows.jsonl", {"prompt": prompt, "output": "out/a.png"}), *words[2:]).paths
+        assert made(path)["prompt"] == prompt, "it was drawn over"
+    assert not draw(*words).paths
+    Path("out/a.png").write_bytes(b"retouched")
+    assert not draw(*words).paths, "what somebody else has made of it is not ours to draw over"
 
 
 def test_a_row_is_known_by_all_that_it_asks_for_and_by_nothing_else(tiny_model, red, tmp_path, monkeypatch):
@@ -211,6 +232,16 @@ def test_a_row_is_known_by_all_that_it_asks_for_and_by_nothing_else(tiny_model, 
     assert seeded == keys(row, words=["-s", "3"])[0] == keys(row | {"seed": 3}, words=["-s", "4"])[0]
     chosen = [{"prompt": prompt, "seed": 3} for prompt in ("red {cat|cat}", "red cat")]
     assert keys(chosen[0]) == keys(chosen[1]), "by what was chosen, where that is known"
+    moved = {"prompt": "{red|green|blue} cat", "seed": 3}
+    assert keys(moved)[0] != keys(row, moved)[1], "what is chosen depends on its place"
+    put_on = {"prompt": "cat <lora:red:1> {<lora:red:0.5>|<lora:gone:1>}"}
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/red.safetensors").write_bytes(red.read_bytes())
+    assert keys(put_on) == keys(put_on, words=["--lora-dir", "moved"])
+    (tmp_path / "moved/red.safetensors").write_bytes(b"another")
+    assert keys(put_on) != keys(put_on, words=["--lora-dir", "moved"])
+    literal = [keys(put_on, words=["--literal", "--lora-dir", folder]) for folder in ("moved", "loras")]
+    assert literal[0] == literal[1], "text is text"
     flags = ["--steps 3", "--cfg 2", "-s 4", "-m other", "--lora loras/red.safetensors", "--dtype bf16", "-o some/"]
     flags += ["--prediction epsilon", "--tile x", "--num-images 2", "-n blue"]
     found = [keys(row, words=flag.split())[0] for flag in flags]

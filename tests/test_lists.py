@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from commands import made
-from diffusion import prompts
-from diffusion.jobs import choose, read_jobs
+from diffusion import TextToImage, prompts
+from diffusion.jobs import choose, read_jobs, run_jobs
 from diffusion.options import read_line
 from diffusion.settings import Settings
 from test_jobs import listing, written
@@ -37,6 +38,9 @@ LINES = [
         {"prompt": "x", "variation_seed": 5, "variation_strength": 0.25, "num_images": 3},
     ),
     ("--prompt x --subseed -1 --subseed_strength 0 --seed_resize_from_h 0", {"prompt": "x"}),
+    ("---", {"prompt": "---"}),
+    ("-- a cat", {"prompt": "-- a cat"}),
+    ("--1girl, solo --s 3 --n 2 cats", {"prompt": "--1girl, solo", "steps": 3, "negative_prompt": "2 cats"}),
     ("x --size 64x32 --guidance-interval 0.5,inf", {"prompt": "x", "width": 64, "height": 32}
      | {"guidance_interval": (0.5, None)}),
 ]  # fmt: skip
@@ -45,6 +49,8 @@ BAD_LINES = [
     ("a --s many", "steps: 'many' is not a whole number"),
     ("a --s 3 --steps 4", "steps is given twice"),
     ('--prompt "a', "quotes do not match"),
+    ('--prompt" a cat" --s 3', "'--prompt a cat' is no option"),
+    ("a --n 2", "n is the negative prompt here: num_images is how many pictures"),
     ("a --d 1,2", "seed: '1,2' is not a whole number"),
     ("a --batch_size 2 --num_images 2", "say the same thing"),
     ("--prompt a --styles x", "'styles' is not supported"),
@@ -83,6 +89,34 @@ def test_three_formats_say_the_same(tmp_path):
     assert found[0] == found[1] == found[2]
     assert found[0][0].guidance_scale == 2.5
     assert found[0][1] == Settings(prompts=("a dog",), seed=9)
+
+
+def test_lines_end_where_editors_end_them(tmp_path):
+    odd = "red\u2028cat\x0bup\x0con\x85it"
+    objects = (json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in (odd, "a dog"))
+    for name, text in (
+        ("a.txt", f"{odd}\r\n\r\na dog\r\n"),
+        ("a.csv", f'prompt,steps\r\n{odd},3\r\n"a\r\ndog",\r\n'),
+        ("a.jsonl", "\r\n\r\n".join(objects)),
+    ):
+        (tmp_path / name).write_bytes(text.encode())
+        first, second = read_jobs(tmp_path / name)
+        assert (first.fault, first.written) == ("", odd)
+        assert (second.number, second.written.split()) == (3, ["a", "dog"])
+
+
+def test_an_n_that_is_a_number_is_not_taken_for_words(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a", "n": 2}\n{"prompt": "a", "N": "2"}\n{"prompt": "a", "n": "2 b"}\n'
+    )
+    (tmp_path / "a.csv").write_text("prompt,n\na,2\na,-1\na,2 b\n")
+    (tmp_path / "a.txt").write_text("a --n 2\n--prompt a --n 2\na --n 2 b\n")
+    for end in ("jsonl", "csv", "txt"):
+        *wrong, right = read_jobs(tmp_path / f"a.{end}")
+        assert {row.fault for row in wrong} == {"n is the negative prompt here: num_images is how many pictures"}
+        assert right.settings(seed=1).negative_prompt == "2 b"
+    (tmp_path / "a.csv").write_text("prompt,negative\na,2\n")
+    assert read_jobs(tmp_path / "a.csv")[0].settings().negative_prompt == "2", "nobody counts by that name"
 
 
 def test_lists_of_prompts_draw_their_choices(draw, tmp_path):
@@ -128,6 +162,7 @@ def test_lists_of_prompts_draw_their_choices(draw, tmp_path):
         ),
         ("x.csv", "prompt;seed\na;1\n", "x.csv: its cells have ';' between them: write commas"),
         ("x.csv", "", "no header"),
+        ("x.png", "\x89PNG", "x.png is no text file in UTF-8: a list is one"),
     ],
 )
 def test_a_file_that_is_wrong_as_a_whole_is_one_line_and_loads_nothing(
@@ -138,7 +173,7 @@ def test_a_file_that_is_wrong_as_a_whole_is_one_line_and_loads_nothing(
     message,
 ):
     monkeypatch.setattr("diffusion.cli.request.load_model", None)
-    Path(name).write_text(text)
+    Path(name).write_text(text, encoding="latin-1")
     for words in (["--prompts", name], ["--prompts", name, "--dry-run", "--json"]):
         said = draw(*words)
         assert said.code == 2
@@ -169,6 +204,12 @@ WRONG = [
     ("{", "it is no JSON"),
     ('["a"]', "it is no JSON object"),
     ('{"prompt": "a", "prompt": "b"}', "prompt is given twice"),
+    ({"prompt": "\ud800"}, "is not valid text: give it as UTF-8"),
+    ({"prompt": "a", "output": "\ud800.png"}, "surrogates not allowed"),
+    ({"prompt": "a", "init_image": "x" * 5000}, "File name too long"),
+    ({"prompt": f"a <lora:{'x' * 5000}>"}, "File name too long"),
+    ({"prompt": "a", "cfg": 10**400}, "too large"),
+    ("[" * 200_000, "too many brackets"),
 ]
 
 
@@ -231,3 +272,76 @@ def test_what_a_list_cannot_do_is_refused_at_once(draw, words, message):
     said = draw(*words)
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
     assert message in said.err
+
+
+def picture(name):
+    Image.new("RGB", (16, 16), "blue").save(name)
+    return Path(name).read_bytes()
+
+
+def test_no_row_writes_over_what_the_list_reads_or_its_call_writes(draw):
+    read = {name: picture(name) for name in ("begin.png", "mask.png", "list.png")}
+    rows = [
+        {"prompt": "cat", "output": "begin.png"},
+        {"prompt": "cat", "output": "./mask.png"},
+        {"prompt": "cat", "output": "list.png"},
+        {"prompt": "cat", "output": "rows.jsonl.png"},
+        {"prompt": "cat", "output": "g.png"},
+        {"prompt": "cat", "output": "p.png"},
+        {"prompt": "cat", "init_image": "begin.png", "mask": "mask.png"},
+        {"prompt": "cat", "init_image": "list.png", "steps": 0},
+    ]
+    Path("rows.jsonl.png").symlink_to(listing("rows.jsonl", *rows))
+    read["rows.jsonl"] = Path("rows.jsonl").read_bytes()
+    words = ("--prompts", "rows.jsonl", "-s", "1", "--steps=1", "-o", "out/")
+    said = draw(*words, "--grid", "g.png", "--preview", "p.png")
+    assert said.code == 2
+    whose = ("init_image of row 7", "mask of row 7", "init_image of row 8", "the list", "--grid", "--preview")
+    for number, (row, owner) in enumerate(zip(rows, whose, strict=False), 1):
+        assert f"row {number}: output {row['output']} is {owner} too: give each a file of its own\n" in said.err
+    assert {line["row"]: line["status"] for line in written()}[7] == "done"
+    assert {name: Path(name).read_bytes() for name in read} == read
+    for flag in ("--grid", "--preview"):
+        refused = draw(*words, flag, "begin.png")
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert f"{flag} begin.png is init_image of row 7 too" in refused.err
+    assert {name: Path(name).read_bytes() for name in read} == read
+
+
+def test_a_row_that_memory_is_too_short_for_spoils_no_other(draw, monkeypatch, tiny_model):
+    from diffusion.drawing import Drawing
+
+    plan = Drawing.plan
+
+    def planned(model, full, *others):
+        if "vast" in full.prompts:
+            raise MemoryError
+        return plan(model, full, *others)
+
+    monkeypatch.setattr(Drawing, "plan", planned)
+    said = draw("--prompts", listing("list.txt", "red", "vast", "blue"), "-s", "1", "--steps", "1", "-o", "out/")
+    assert (said.code, len(said.paths)) == (2, 2)
+    assert "row 2: out of memory" in said.err
+    errors = [result.error for result in run_jobs(TextToImage.load(tiny_model, "cpu"), read_jobs("list.txt"), steps=1)]
+    assert [type(error) for error in errors] == [type(None), ValueError, type(None)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, and RANK is not: set both, or neither"),
+        ({"RANK": "0"}, "RANK is set in the environment, and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2", "RANK": "abc"}, "RANK: 'abc' is not a whole number"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE: '' is not a whole number"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE must be at least 1, got 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 is too large: it must not pass 1"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK must be at least 0, got -1"),
+    ],
+)
+def test_a_part_of_a_list_is_drawn_only_where_it_is_clear_which(draw, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = draw("--prompts", listing("l.txt", "red", "green"), "--steps", "1")
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert message in said.err
+    assert draw("red", "--steps", "1").code == 0, "which is no list"

@@ -36,6 +36,46 @@ def test_a_manifest_tells_what_has_come_of_a_row_and_to_whom_it_matters(tmp_path
         assert book.line_of(KEY) is None, "what was before this call does not count"
 
 
+def test_a_picture_is_the_row_s_that_has_written_it_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a.png"
+    file.touch()
+    with manifest.Manifest(tmp_path, resume=False) as before:
+        before.append(line(KEY, "done", "a.png"))
+        assert before.is_done(KEY)
+        before.append(line(OTHER, "done", file))
+        assert not before.is_done(KEY), "under another name of the same file"
+        assert before.is_done(OTHER)
+    assert manifest.finished(tmp_path) == {OTHER}
+    with manifest.Manifest(tmp_path, resume=True) as book:
+        assert (book.is_done(KEY), book.is_done(OTHER)) == (False, True)
+        with book.claim(KEY) as ours:
+            assert ours
+        book.append(line(KEY, "done", "./a.png"))
+        assert (book.is_done(KEY), book.is_done(OTHER)) == (True, False)
+
+
+DAMAGED = [
+    {"key": ["x"], "status": "done", "images": []},
+    {"key": KEY, "status": {}},
+    {"key": KEY, "status": "done"},
+    {"key": KEY, "status": "done", "images": "a.png"},
+    {"key": KEY, "status": "done", "images": ["a.png"]},
+    {"key": KEY, "status": "done", "images": [{"path": None}]},
+    {"key": KEY, "status": "done", "images": [], "withheld": 1},
+    {"key": KEY, "status": "failed", "images": None},
+]
+
+
+def test_a_line_that_is_damaged_tells_nothing(tmp_path):
+    lines = [json.dumps(one) for one in [line(OTHER, "refused"), *DAMAGED, line(OTHER, "done")]]
+    (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, "[" * 100_000, ""]))
+    with manifest.Manifest(tmp_path, resume=True) as book:
+        assert book.line_of(KEY) is None
+        assert book.is_done(OTHER)
+    assert manifest.finished(tmp_path) == {OTHER}
+
+
 def test_what_is_not_whole_or_is_no_line_of_a_row_is_not_read_yet(tmp_path):
     with manifest.Manifest(tmp_path, resume=True) as book:
         whole = json.dumps(line(KEY, "failed")).encode()

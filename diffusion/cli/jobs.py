@@ -7,7 +7,7 @@ import hashlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,17 +84,15 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
 
 def _work(listed: Listed, tasks: Sequence[Task], manifest: "Manifest", voice: Voice) -> int:
     """Draw what is left to draw, and write down what has come of every row."""
-    from diffusion.manifest import is_done
-
     counts = Counter(refused=_refuse(tasks, voice))
     for task in tasks:
         if task.job.wanted is None and manifest.line_of(task.key) is None:
             manifest.append(_line(task, "refused", reason=str(task.job.error)))
     right = [task for task in tasks if task.job.wanted is not None]
-    left = [task for task in right if not is_done(manifest.line_of(task.key))]
+    left = [task for task in right if not manifest.is_done(task.key)]
     counts["already"] = len(right) - len(left)
     if left:
-        if listed.args.seed is None:
+        if listed.args.seed is None and any("seed" not in task.job.row.fields for task in left):
             voice.note(f"seed {listed.seed}")
         counts += _draw(listed, left, manifest, voice)
     counts["withheld"] = sum(map(_withheld, (manifest.line_of(task.key) for task in right)))
@@ -116,10 +114,27 @@ def _last(tasks: Sequence[Task], manifest: "Manifest") -> int:
 
 def _draw(listed: Listed, left: Sequence[Task], manifest: "Manifest", voice: Voice) -> Counter[str]:
     """Neighbours that are alike at once. What another process is at comes last: should that die, it falls to us."""
+    with voice.leaving():
+        model = listed.load(weights=True)
+    with _begun():
+        return _draw_with(model, listed, left, manifest, voice)
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """Where rows are drawn a ValueError does not mean that the request cannot be met: something failed."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _draw_with(
+    model: "TextToImage", listed: Listed, left: Sequence[Task], manifest: "Manifest", voice: Voice
+) -> Counter[str]:
     from tqdm import tqdm
 
-    with voice.leaving():
-        model, images = listed.load(weights=True), list["Image.Image"]()
+    images = list["Image.Image"]()
     task_of = {id(task.job): task for task in left}
     filled = [model.resolved(task.job.wanted) for task in left if task.job.wanted is not None]
     tell_of_sizes(model, filled, voice)
