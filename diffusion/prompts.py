@@ -262,7 +262,7 @@ class _Wildcards(Mapping[str, Sequence[str]]):
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the wildcard {file} cannot be read as UTF-8: {error}") from None
     return [line for line in lines if line and not line.startswith("#")]

@@ -173,6 +173,9 @@ def test_a_folder_of_wildcards(tmp_path):
     (tmp_path / "light" / "day.txt").write_text("noon", encoding="utf-8")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "notes.md").write_text("no wildcard")
+    (tmp_path / "lines.txt").write_text("a\u2028b\r\nc\n", newline="", encoding="utf-8")
+    assert read_wildcards(tmp_path)["lines"] == ["a\u2028b", "c"], "only newlines end lines"
+    (tmp_path / "lines.txt").unlink()
     found = read_wildcards(tmp_path)  # reads none of them yet, so that a broken one harms no other
     assert list(found) == ["broken", "colour", "light/day"]
     assert found["colour"] == ["red", "orange"]
