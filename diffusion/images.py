@@ -139,10 +139,15 @@ def save_image(
         return _place(staged, output, seed, slug)
 
 
-def refuse_black(image: Image.Image, seed: int) -> None:
-    """FloatingPointError for a picture in which nothing is."""
-    if image.getbbox() is None:
-        raise FloatingPointError(f"the picture of seed {seed} came out black and was not saved")
+def is_black(image: Image.Image) -> bool:
+    """Whether nothing is in it: a failure, and not a picture."""
+    return image.getbbox() is None
+
+
+def refuse_black(seeds: Sequence[int]) -> None:
+    """FloatingPointError for the pictures of these seeds, if there are any, in which nothing is."""
+    if seeds:
+        raise FloatingPointError(f"the picture of seed {', '.join(map(str, seeds))} came out black and was not saved")
 
 
 @contextmanager

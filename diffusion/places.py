@@ -43,7 +43,9 @@ def find_model(name: str | Path) -> Path:
         return _single_file(Path(name))
     shipped = sorted({recipe.parent.name for shelf in shelves for recipe in shelf.glob(f"*/{ADAPTERS}")})
     if Path(name).exists():
-        raise ValueError(f"{name} is not a model folder: it has no unet/")
+        inside = Path(name) / "model"  # of the folder of a run
+        hint = f"; give {inside}" if (inside / "unet").is_dir() or (inside / ADAPTERS).is_file() else ""
+        raise ValueError(f"{name} is not a model folder: it has no unet/{hint}")
     known = f" (models that are here: {', '.join(shipped)})" if shipped else ""
     raise ValueError(
         f"model {str(name)!r} not found: give the path of a model folder{did_you_mean(str(name), shipped)}{known}"
@@ -114,7 +116,24 @@ def weight_files(path: Path) -> list[Path]:
 
 def hash_files(files: Sequence[Path]) -> str:
     """Ten hexadecimal digits of the SHA-256 of files, one after the other. Read once, unless they change."""
-    return digest_once(tuple(files), tuple(file.stat().st_mtime_ns for file in files))[:10]
+    return digest_once(*_stamped(files))[:10]
+
+
+def is_hash_of(path: Path, recorded: str) -> bool:
+    """Whether a hash is that of weights: SHA-256, of LoRAs without their header as AUTOMATIC1111 has it."""
+    files, changed = _stamped(weight_files(path))
+    starts = [0, *(_header_end(file) for file in files[: 1 if len(files) == 1 else 0])]
+    return any(digest_once(files, changed, start).startswith(recorded.lower()) for start in starts)
+
+
+def _header_end(file: Path) -> int:
+    """Where the weights of a safetensors file begin: its first 8 bytes say how long its header is."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def _stamped(files: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+    return tuple(files), tuple(file.stat().st_mtime_ns for file in files)
 
 
 @cache

@@ -20,8 +20,8 @@ from diffusion import foreign, prompts
 from diffusion.foreign import Found
 from diffusion.images import encode, read_texts
 from diffusion.names import resolve_sampler
-from diffusion.places import SINGLE_FILE, digest_once, find_model, is_hub_id, weight_files
-from diffusion.settings import GUIDED, PICTURES, Settings, facts_of, sides_of
+from diffusion.places import SINGLE_FILE, find_model, hash_files, is_hash_of, is_hub_id, weight_files
+from diffusion.settings import DEFAULTS, GUIDED, PICTURES, Settings, facts_of, sides_of
 
 FIELDS = {item.name for item in fields(Settings)} - {"prompts", "batch_size"}
 LEVELS = ("steps", "schedule", "strength", "hires", "hires_strength")
@@ -34,7 +34,7 @@ class Verdict:
 
     path: Path
     levels: int | None  # the largest difference of a channel, of 255; None: they are not of one size
-    decibels: float  # PSNR; infinite where no pixel differs
+    decibels: float | None  # PSNR; infinite where no pixel differs; None: they are not of one size
     differs: Mapping[str, tuple[Any, Any]]  # what was recorded then, and is so now
     rounding: int = 1  # levels that it makes in the precision that was drawn in, at most
 
@@ -44,8 +44,8 @@ class Verdict:
         return self.levels == 0
 
     def __str__(self) -> str:
-        near = "of another size" if self.levels is None else f"up to {self.levels} of 255, {self.decibels:.1f} dB"
-        what = ", ".join(f"{name} {_brief(then)} -> {_brief(now)}" for name, (then, now) in self.differs.items())
+        near = "of another size" if self.decibels is None else f"up to {self.levels} of 255, {self.decibels:.1f} dB"
+        what = ", ".join(_told(name, then, now) for name, (then, now) in self.differs.items())
         if self.levels is not None and 0 < self.levels <= self.rounding and not what:
             what = "as rounding does: by the number of threads, --compile, or on a GPU the size of the batch"
         return f"{self.path}: {'identical' if self.identical else f'differs, {near}'}" + (f" ({what})" if what else "")
@@ -109,8 +109,7 @@ def recall(
     try:
         asked = _request(record)
         gone = _overruled(asked, given)
-        pictures = {name: asked[name] for name in PICTURES if name in asked}
-        sources = {name: _picture(path, name, facts, given.get(name), notes) for name, facts in pictures.items()}
+        sources = _pictures(path, asked, given, notes)
         kept = {name: value for name, value in asked.items() if name not in gone}
         options = {
             "device": _device(record) if device is None else device,
@@ -123,9 +122,11 @@ def recall(
         settings = _settled(kept | given | sources, given)
         _check_tags(settings, record, folder, notes)
         where = _model(record, model, notes)
-        changes = tuple(_changes(asked, given, gone))
+        changes = tuple(_changes(asked, given, gone, settings))
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from None
+    except PermissionError:  # says itself what may not be read, and nothing of the record
+        raise
     except (TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} cannot be drawn again: its record is damaged ({error})") from None
     return Recalled(
@@ -154,8 +155,13 @@ def read_record(path: str | Path) -> Found:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if found is None:
-        raise ValueError(f"{path} says nothing of how it was made: it was never written down, or was taken out")
+        raise ValueError(silence(path))
     return found
+
+
+def silence(path: str | Path) -> str:
+    """What is said of a picture that has no record."""
+    return f"{path} says nothing of how it was made: it was never written down, or was taken out"
 
 
 # --- what is asked for
@@ -187,13 +193,16 @@ def _overruled(asked: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
     return gone | set(GUIDED if given.get("guidance_scale", asked.get("guidance_scale")) == 1 else ())
 
 
-def _changes(asked: Mapping[str, Any], given: Mapping[str, Any], gone: set[str]) -> Iterable[str]:
-    """What is drawn otherwise than it was."""
+def _changes(asked: Mapping[str, Any], given: Mapping[str, Any], gone: set[str], settings: Settings) -> Iterable[str]:
+    """What is drawn otherwise than it was; what is not recorded was what it is when it is left out."""
     for name in sorted(gone & asked.keys()):
         if name not in given and asked[name] not in ("", 0):
             yield f"without {name} {_brief(asked[name])}"
         elif name in given and not _is_same(name, given[name], asked[name]):
             yield f"{name} {_brief(given[name])} in place of {_brief(asked[name])}"
+    for name in sorted(FIELDS & given.keys() - asked.keys()):
+        if settings.gives(name):
+            yield f"{name} {_brief(given[name])} in place of {_brief(DEFAULTS[name])}"
 
 
 def _check_tags(settings: Settings, record: Mapping[str, Any], folder: Path, notes: list[str]) -> None:
@@ -251,7 +260,7 @@ def _loras(
     left, found = dict(given), dict[str, float]()
     for one in recorded:
         name, hashed = str(one.get("name")), str(one.get("hash", ""))
-        named = [path for path in left if Path(path).stem == name or (hashed and _same_hash(Path(path), hashed))]
+        named = [path for path in left if Path(path).stem == name or (hashed and is_hash_of(Path(path), hashed))]
         at = Path(named[0]) if named else _at(name, folder)
         if at is None:
             raise ValueError(f"the LoRA {name!r} ({hashed or 'no hash'}) is not in {folder}/: give lora or lora_folder")
@@ -286,24 +295,32 @@ def _device(record: Mapping[str, Any]) -> str | None:
     return "cpu" if record.get("device") == "cpu" else None
 
 
-def _picture(path: Path, name: str, facts: Any, given: Any, notes: list[str]) -> Any:
-    """A picture to begin from: the given one, with a note if it is another, or the one of the record."""
-    title = PurePath(str(dict(facts).get("name", "")).replace("\\", "/")).name
-    recorded = str(dict(facts).get("sha256", ""))
-    if given is not None:
-        sides_of(given)  # ValueError for one that cannot be read
-        if recorded and not _same_picture(given, recorded):
-            notes.append(
-                f"{name} {_brief(given)} is not the picture {title!r} ({recorded[:10]}) that it was drawn from"
-            )
-        return given
-    here = [place for place in (path.parent / title, Path(title)) if title and place.is_file()]
-    found = next((place for place in here if not recorded or _same_picture(place, recorded)), None)
-    if found is None:
-        other = f", and {here[0]} is another one" if here else ""
-        what = f"{title!r} ({recorded[:10] or 'no hash'})" if title else "that has no name"
-        raise ValueError(f"it was drawn from a picture {what}, which is not here{other}: give {name}")
-    return str(found)
+def _pictures(path: Path, asked: Mapping[str, Any], given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The pictures to begin from: those that are given, with a note if one is another, or those of the record."""
+    found, missing = dict[str, Any](), list[str]()
+    for name, facts in ((name, dict(asked[name])) for name in PICTURES if name in asked):
+        title = PurePath(str(facts.get("name", "")).replace("\\", "/")).name
+        recorded, source = str(facts.get("sha256", "")), given.get(name)
+        if source is not None:
+            sides_of(source)  # ValueError for one that cannot be read
+            if recorded and not _same_picture(source, recorded):
+                other = f"{name} {_brief(source)} is not the picture {title!r} ({recorded[:10]})"
+                notes.append(f"{other} that it was drawn from")
+        else:
+            here = [place for place in (path.parent / title, Path(title)) if title and place.is_file()]
+            source = next((str(place) for place in here if not recorded or _same_picture(place, recorded)), None)
+            missing += [_missing(name, title, recorded, here)] if source is None else []
+        found[name] = source
+    if missing:
+        raise ValueError(f"it was drawn from {'; and from '.join(missing)}")
+    return found
+
+
+def _missing(name: str, title: str, recorded: str, here: Sequence[Path]) -> str:
+    """What picture is not there, what is in its place, and what to give."""
+    other = f", and {here[0]} is another one" if here else ""
+    what = f"{title!r} ({recorded[:10] or 'no hash'})" if title else "that has no name"
+    return f"a picture {what}, which is not here{other}: give {name}"
 
 
 # --- whether it is the same
@@ -328,30 +345,12 @@ def _same_picture(source: Any, sha256: str) -> bool:
 
 def _compare_hash(what: str, path: Path, recorded: Any, notes: list[str]) -> None:
     """A note where weights are not those that were recorded."""
-    if recorded and not _same_hash(path, str(recorded)):
-        found = digest_once(*_stamped(path))[:10]
+    if recorded and not is_hash_of(path, str(recorded)):
+        found = hash_files(weight_files(path))
         notes.append(f"the {what} {path} has the hash {found}, and the picture was drawn with {str(recorded)[:10]}")
 
 
-def _same_hash(path: Path, recorded: str) -> bool:
-    """Whether a recorded hash is that of weights: SHA-256, of LoRAs without their header as AUTOMATIC1111 has it."""
-    files, changed = _stamped(path)
-    starts = [0, *(_header_end(file) for file in files[: 1 if len(files) == 1 else 0])]
-    return any(digest_once(files, changed, start).startswith(recorded.lower()) for start in starts)
-
-
-def _header_end(file: Path) -> int:
-    """Where the weights of a safetensors file begin: its first 8 bytes say how long its header is."""
-    with file.open("rb") as stream:
-        return 8 + int.from_bytes(stream.read(8), "little")
-
-
-def _stamped(path: Path) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-    files = tuple(weight_files(path))
-    return files, tuple(file.stat().st_mtime_ns for file in files)
-
-
-def _difference(image: Image.Image, path: Path) -> tuple[int | None, float]:
+def _difference(image: Image.Image, path: Path) -> tuple[int | None, float | None]:
     """The largest difference of a channel, and PSNR in decibels, of a picture and one that is stored."""
     try:
         with Image.open(path) as opened:
@@ -361,10 +360,18 @@ def _difference(image: Image.Image, path: Path) -> tuple[int | None, float]:
         raise OSError(f"{path} cannot be read as a picture ({fault})") from None
     drawn = np.asarray(Image.open(buffer).convert("RGB"), np.int16)
     if drawn.shape != stored.shape:
-        return None, 0.0
+        return None, None
     error = np.abs(drawn - stored)
     mean = float(np.square(error, dtype=np.float64).mean())
     return int(error.max()), math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
+
+
+def _told(name: str, then: Any, now: Any) -> str:
+    """What was recorded then and is so now; of repairs, which are sentences, what had to be done and when."""
+    if name != "repairs":
+        return f"{name} {_brief(then)} -> {_brief(now)}"
+    each = (("then", then), ("now", now))
+    return ", ".join(f"repaired {when}: {_brief(what)}" if what else f"not repaired {when}" for when, what in each)
 
 
 def _brief(value: Any) -> str:
@@ -373,7 +380,7 @@ def _brief(value: Any) -> str:
         return "nothing"
     if isinstance(value, Mapping) and "sha256" in value:
         return f"{value.get('name') or 'a picture without a name'} ({str(value['sha256'])[:10]})"
-    if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
         value = ", ".join(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

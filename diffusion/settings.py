@@ -28,15 +28,19 @@ from diffusion.values import (
 )
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
+MAX_SIDE = 2**14  # a picture of such sides is 3 GiB as floats: what is larger is a slip, found before it takes memory
+MAX_COUNT = 10**6  # of each prompt: months on any machine, and what names them still fits in its memory
 TILES = ("", "x", "y", "xy")
 PICTURES = ("init_image", "mask", "control_image")
 
 # --- the rules of the fields, each one a line
 
 WHOLE = {  # field -> (least, most)
-    **dict.fromkeys(("steps", "width", "height", "num_images", "clip_skip", "vae_tiling"), (1, math.inf)),
+    **dict.fromkeys(("steps", "clip_skip"), (1, math.inf)),
+    **dict.fromkeys(("width", "height", "vae_tiling"), (1, MAX_SIDE)),
     **dict.fromkeys(("seed", "variation_seed", "to_seed"), (0, MAX_SEED)),
-    "frames": (2, math.inf),
+    "num_images": (1, MAX_COUNT),
+    "frames": (2, MAX_COUNT),
 }
 NUMBERS = {  # field -> (least, most)
     **dict.fromkeys(("guidance_scale", "control_scale", "mask_blur"), (0, math.inf)),
@@ -72,11 +76,12 @@ EXCLUDES = (  # two fields of which one makes no sense beside the other, and why
     ("strength", "sigmas", "the first of the sigmas says how much is drawn anew"),
 )
 GUIDED = ("negative_prompt", "guidance_rescale", "guidance_interval")  # what a guidance of 1 has no use for
-PLAIN = {  # what makes a value plain, or refuses it -> of which fields
+# what makes a value plain, or refuses it -> of which fields
+PLAIN: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     text: ("negative_prompt", "to_prompt"),
     name_of: ("sampler", "schedule", "tile"),
     picture: PICTURES,
-    sides: ("extend",),
+    partial(sides, most=MAX_SIDE): ("extend",),
     whole_or_auto: ("batch_size",),
     interval: ("guidance_interval",),
     sigmas: ("sigmas",),
@@ -176,7 +181,7 @@ class Settings:
 
     def gives(self, name: str) -> bool:
         """Whether a field says something: it is not what it is when it is left out."""
-        value, default = getattr(self, name), _DEFAULTS[name]
+        value, default = getattr(self, name), DEFAULTS[name]
         return value is not default and (type(value) is not type(default) or value != default)
 
     def _make_plain(self) -> None:
@@ -195,7 +200,7 @@ class Settings:
 
     def _change(self, name: str, change: Callable[[str, Any], Any]) -> None:
         value = getattr(self, name)
-        if value is not None or _DEFAULTS[name] is not None:
+        if value is not None or DEFAULTS[name] is not None:
             self._set(name, change(name, value))
 
     def _set(self, name: str, value: Any) -> None:
@@ -229,6 +234,11 @@ class Settings:
                 raise ValueError(f"{name} 0 would change nothing: give more, up to 1")
         if self.hires == 1:
             raise ValueError("hires 1 would be no larger: give a number above 1")
+        for name in ("width", "height") if self.hires is not None else ():
+            if (side := getattr(self, name)) is not None and side * self.hires > MAX_SIDE:
+                raise ValueError(
+                    f"hires {self.hires:g} makes {name} {side * self.hires:g}: it must not pass {MAX_SIDE}"
+                )
         for name in GUIDED if self.guidance_scale == 1 else ():
             if self.gives(name):
                 raise ValueError(f"guidance_scale 1 turns guidance off, and {name} has no effect then: leave one out")
@@ -382,4 +392,4 @@ def facts_of(source: Source) -> dict[str, str]:
     return {"name": "", "sha256": hashlib.sha256(as_image(source).convert("RGBA").tobytes()).hexdigest()}
 
 
-_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Settings)}
+DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Settings)}

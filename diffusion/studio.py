@@ -16,6 +16,7 @@ from diffusion.images import (
     FORMATS,
     atomic,
     encode,
+    is_black,
     parse_output,
     read_metadata,
     refuse_black,
@@ -158,10 +159,14 @@ class Studio:
             tell(None)
 
     def _saved(self, step: Progress) -> Iterator[Path]:
-        """The files of a batch, once it is done."""
+        """The files of a batch, once it is done. FloatingPointError at the end for those that came out black."""
+        black = list[int]()
         for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
-            refuse_black(image, shot.seed)
-            yield save_image(image, parse_output(f"{self.output}/"), seed=shot.seed, slug=slugify(shot.prompt))
+            if is_black(image):
+                black.append(shot.seed)
+            else:
+                yield save_image(image, parse_output(f"{self.output}/"), seed=shot.seed, slug=slugify(shot.prompt))
+        refuse_black(black)
 
     def _kept(self, wanted: Settings) -> Settings:
         """The same request with its pictures in files, which outlive the page."""

@@ -55,14 +55,23 @@ def whole_or_auto(name: str, value: Any) -> int | str:
 
 
 def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
-    """A finite number within its limits; a whole one stays whole."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    found = int(value) if isinstance(value, Integral) else float(value)
+    """A finite number within its limits; 2 is 2.0, so that it is recorded alike whoever gives it."""
+    try:
+        found = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # of a whole number that is longer than a float
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be a finite number, got {_brief(value)}")
     if not least <= found <= most:
         limits = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
-        raise ValueError(f"{name} must be {limits}, got {found!r}")
+        raise ValueError(f"{name} must be {limits}, got {value!r}")
     return found
+
+
+def _brief(value: Any) -> str:
+    """A value as a line shows it, however long it is."""
+    text = repr(value) if not isinstance(value, int) or value.bit_length() < 256 else "a number of very many digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def picture(name: str, value: Any) -> Any:
@@ -70,11 +79,18 @@ def picture(name: str, value: Any) -> Any:
     from pathlib import Path
 
     if isinstance(value, str | Path):
-        return value
+        return no_address(name, value)
     try:
         return as_image(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def no_address(name: str, path: "str | Path") -> "str | Path":
+    """What names a file, and not a place on a network, of which nothing is fetched."""
+    if isinstance(path, str) and re.match(r"[A-Za-z][\w+.-]*://", path):
+        raise ValueError(f"{name} {path} is an address, and no file: download it first")
+    return path
 
 
 def as_image(source: Any) -> "Image.Image":
@@ -91,12 +107,12 @@ def as_image(source: Any) -> "Image.Image":
     return Image.fromarray(source)
 
 
-def sides(name: str, value: Any) -> tuple[int, int, int, int]:
+def sides(name: str, value: Any, most: float = math.inf) -> tuple[int, int, int, int]:
     """Four numbers of pixels, not all of them 0: left, top, right, bottom."""
     found = _several(value)
     if len(found) != 4:
         raise ValueError(f"{name} must be four whole numbers of pixels, left, top, right, bottom, got {value!r}")
-    left, top, right, bottom = (whole(name, pixels, 0) for pixels in found)
+    left, top, right, bottom = (whole(name, pixels, 0, most) for pixels in found)
     if not left + top + right + bottom:
         raise ValueError(f"{name} by nothing would change nothing: give some pixels, left, top, right, bottom")
     return left, top, right, bottom

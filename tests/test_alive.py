@@ -232,6 +232,7 @@ def test_what_nothing_helps_is_an_error_and_leaves_the_model_as_it_was(half: Tex
     assert {network.dtype for network in half.model.networks.values()} == {torch.bfloat16}
 
 
+@pytest.mark.filterwarnings("ignore::diffusion.notices.Repaired")
 @pytest.mark.parametrize("part", ["unet", "vae"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_picture_that_nothing_helps_takes_no_other_with_it(
@@ -241,8 +242,7 @@ def test_a_picture_that_nothing_helps_takes_no_other_with_it(
     t2i = TextToImage.load(tiny_model, "cpu", dtype)
     plain, drawn = t2i(PROMPT, **call), list[Image.Image]()
     hopeless = _spoil_seed_2(monkeypatch, t2i, part)
-    with warnings.catch_warnings(), pytest.raises(FloatingPointError, match=r"not finite.*: no picture of seed 2$"):
-        warnings.simplefilter("ignore", Repaired)
+    with pytest.raises(FloatingPointError, match=r"not finite.*: no picture of seed 2$"):
         drawn.extend(image for step in t2i.stream(PROMPT, **call) for image in step.images or ())
     assert hopeless, "it was tried"
     assert [image.tobytes() for image in drawn] == [plain[n].tobytes() for n in (0, 2, 3)]
@@ -251,6 +251,20 @@ def test_a_picture_that_nothing_helps_takes_no_other_with_it(
     assert told.code == 1
     assert [made(path)["seed"] for path in told.paths] == [1, 3, 4]
     assert told.err.splitlines()[-1].endswith("no picture of seed 2")
+
+
+def test_a_black_picture_takes_no_other_with_it(draw: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, decode = list[Any](), repair.decode
+
+    def second(vae: Any, latents: torch.Tensor) -> list[Image.Image]:
+        seen.append(latents)
+        return [Image.new("RGB", (16, 16))] if len(seen) == 2 else decode(vae, latents)
+
+    monkeypatch.setattr(repair, "decode", second)
+    told = draw(PROMPT, "-s", "1", "--num-images", "3", "--steps", "1")
+    assert told.code == 1
+    assert [made(path)["seed"] for path in told.paths] == [1, 3]
+    assert told.err.splitlines()[-1].endswith("the picture of seed 2 came out black and was not saved")
 
 
 def _spoil_seed_2(monkeypatch: pytest.MonkeyPatch, t2i: TextToImage, part: str) -> list[int]:

@@ -68,6 +68,22 @@ def test_a_size_fits_the_picture_without_stretching_it(tiny):
     assert cut.pixels[:, 4:16].max() <= 3, "the middle of it, cut and not squeezed"
 
 
+def test_a_picture_is_no_prompt(draw, photo):
+    told = "photo.png is a picture and no prompt: give --init-image photo.png to begin from it, or --from-image photo"
+    again = "mask.png is a picture and no prompt: give --from-image mask.png to draw it again and compare it"
+    for words, message in [
+        (["photo.png"], told),
+        ([PROMPT, "photo.png", "--dry-run"], told),
+        (["--verify", "mask.png"], again),
+        (["--from-image", "photo.png", "--verify", "mask.png"], again),
+    ]:
+        said = draw(*words)
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+        assert message in said.err
+    assert draw("gone.png", "--steps", "1").code == 0, "no picture is there"
+    assert draw("-p", "photo.png", "--steps", "1").code == 0, "who says so means it"
+
+
 # --- a mask, and beyond the edges
 
 

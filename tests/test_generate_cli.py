@@ -1,6 +1,7 @@
 """generate.py as its users meet it: flags, exit codes, what goes to which stream, and what is loaded when."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,35 @@ def test_only_a_file_that_was_named_is_overwritten(draw: Command) -> None:
     assert [path.name[:5] for _ in range(2) for path in draw(*words, "1").paths] == ["00001", "00002"]
 
 
+def test_a_file_that_is_write_protected_stays(draw: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save("x.png")
+    access = os.access  # which lets root write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "x.png" and access(path, mode))
+    for flag in ("--output", "--grid", "--preview"):
+        said = draw("red apple", flag, "x.png", "--steps", "1")
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+        assert f"{flag} x.png is write-protected" in said.err
+    assert Image.open("x.png").size == (8, 8)
+    assert draw("red apple", "-o", "y.png", "--steps", "1").code == 0
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_choices_are_for_lists_and_that_is_told(draw: Command, dry: list[str]) -> None:
+    few = ("--steps", "1", "-s", "1", "--size", "16x16", *dry)
+    for prompt in ("a {red|green} apple", "a __thing__"):
+        said = draw("a boat", "-p", prompt, *few)
+        assert said.code == 0, said.err
+        (told,) = [line for line in said.err.splitlines() if "warning" in line]
+        assert f"warning: {prompt!r}: choices and wildcards are made in lists (--prompts FILE)" in told
+        assert "lists" not in draw(prompt, *few, "--literal").err
+    for prompt in ("{red}", "[red|green]", r"a \{red|green\}", "two__three", "red|green"):
+        assert "lists" not in draw(prompt, *few).err
+    Path("list.txt").write_text("a {red|green} apple\n")
+    assert "are made in lists" not in draw("--prompts", "list.txt", *few).err
+    (event,) = [event for event in draw("{a|b}", *few, "--json").events if event["event"] == "warning"]
+    assert "--prompts FILE" in event["message"]
+
+
 def test_no_metadata(draw: Command) -> None:
     said = draw("red apple", "--no-metadata", "--steps", "1")
     assert read_metadata(said.paths[0]) == {}
@@ -183,6 +213,9 @@ WRONG = [
     (["a", "--num_imags=3"], "did you mean '--num-images'"),
     (["a", "--step", "3"], "did you mean '--steps'"),
     (["a", "-x"], "-x"),
+    (["a", "-size", "16x16"], "unknown flag '-size'; did you mean '--size'?"),
+    (["a", "-num_images=3"], "did you mean '--num-images'?"),
+    (["--from-image", "http://a.b/x.png"], "from_image http://a.b/x.png is an address, and no file: download it first"),
     (["a", "--steps"], "--steps"),
     (["a", "--steps", "many"], "'many'"),
     (["a", "--steps", "0"], "steps must be at least 1, got 0"),
@@ -349,6 +382,7 @@ def test_help_names_every_flag() -> None:
     said = " ".join(done.stdout.split())
     assert "--output PATH file (overwritten), folder/ or template" in said
     assert "shipped model (emoji, emoji-fast)" in said
+    assert "--wildcards DIR of a list: where __name__ finds its lines" in said
 
 
 def test_the_script_draws(tiny_model: Path, tmp_path: Path) -> None:

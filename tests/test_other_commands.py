@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from commands import ROOT
+from diffusion import TextToImage
 from diffusion.cli import main
 
 
@@ -60,6 +62,75 @@ def test_info_describes_models_and_pictures(tiny_model, tmp_path, capsys):
     assert model["recipe.json"]["steps"] == 4
     assert "3" in json.dumps(picture)
     assert "red apple" in json.dumps(picture)
+
+
+def test_info_says_of_a_picture_without_a_record_that_it_has_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert main(["info", "plain.png"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "{}\n"
+    assert said.err.startswith("diffusion info: plain.png says nothing of how it was made: ")
+
+
+def test_what_may_not_be_read_is_one_line_and_2(tiny_model, tmp_path, monkeypatch, capsys):
+    """No mode bits: root may read everything."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "apple", "-m", str(tiny_model), "--steps", "1", "-o", "made.png", "--quiet"]) == 0
+    capsys.readouterr()
+
+    def closed(look):
+        def looked(path):
+            if "noread" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return look(path)
+
+        return looked
+
+    for name in ("is_dir", "is_file", "exists"):
+        monkeypatch.setattr(Path, name, closed(getattr(Path, name)))
+    few = ["generate", "apple", "--dry-run", "-m", str(tiny_model)]
+    for words, what in [
+        (["generate", "apple", "-m", "noread/x"], "noread/x/unet"),
+        ([*few, "--checker", "noread/x.py:f"], "noread/x.py:f"),
+        (["generate", "--from-image", "made.png", "-m", "noread/x"], "noread/x/unet"),
+        ([*few, "--lora", "noread/x"], "noread/x"),
+        ([*few, "-o", "noread/x.png"], "noread/x.png"),
+        (["info", "noread/x"], "noread/x"),
+        (["ui", "-m", "noread/x"], "noread/x/unet"),
+    ]:
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"no access to {what} (Permission denied): ask for the right to it, or name another place" in line
+
+
+def test_a_model_that_is_nowhere_or_in_a_folder_of_a_run(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/lora").mkdir(parents=True)
+    Path("runs/lora/model").symlink_to(tiny_model)
+    inside = "runs/lora is not a model folder: it has no unet/; give runs/lora/model"
+    for words, message in [
+        (
+            ["generate", "a", "-m", "runs/none", "--offline"],
+            "there is no folder or file runs/none here, and runs/none is",
+        ),
+        (["generate", "a", "-m", "runs/lora"], inside),
+        (["info", "runs/lora"], inside),
+    ]:
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=inside):
+        TextToImage.load("runs/lora")
+
+
+def test_the_page_takes_no_lora_twice_and_names_the_host(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("x.safetensors").touch()
+    assert main(["ui", "--lora", "x.safetensors", "--lora", "./x.safetensors:0.5"]) == 2
+    assert "--lora x.safetensors is given twice: give it one weight" in capsys.readouterr().err
+    monkeypatch.setattr("diffusion.cli.ui.find_spec", lambda name: name)
+    assert main(["ui", "--host", "192.0.2.1"]) == 2
+    assert capsys.readouterr().err.strip().endswith(": give another --host or --port")
 
 
 def test_evaluate_prints_and_writes_figures(tiny_model, labelled, tmp_path, capsys):

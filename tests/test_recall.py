@@ -61,8 +61,9 @@ def test_a_verdict_says_how_far_it_is_and_what_differs(apple, tiny):
     assert verdict.levels == np.abs(stored - other).max()
     assert verdict.decibels == pytest.approx(10 * np.log10(255**2 / error))
     assert verdict.differs == {"steps": (2, 3)}
-    assert not found.verify(image.resize((8, 8))).identical
-    assert "of another size" in str(found.verify(image.resize((8, 8))))
+    other = found.verify(image.resize((8, 8)))
+    assert (other.identical, other.levels, other.decibels) == (False, None, None)
+    assert str(other).startswith(f"{apple}: differs, of another size (")
     near = Image.fromarray(np.asarray(Image.open(apple)) ^ np.uint8(1))  # each level by one
     near.info = Image.open(apple).info
     verdict = recall(apple).verify(near)
@@ -75,6 +76,24 @@ def test_a_verdict_says_how_far_it_is_and_what_differs(apple, tiny):
     assert other.differs["torch"][0] == "0.1"
 
 
+def test_repairs_are_told_in_words(apple, draw):
+    """What was repaired then need not be now, and the other way round."""
+    path = record_of(apple, repairs=["out of memory: drawn alone", "decoded in tiles"])
+    (image,) = drawn(TextToImage.load("tiny", "cpu", "fp32"), recall(path))
+    then = "repaired then: out of memory: drawn alone, decoded in tiles"
+    assert str(recall(path).verify(image)) == f"{path}: identical ({then}, not repaired now)"
+    now = str(recall(apple).verify(Image.open(path)))
+    assert now.endswith("identical (not repaired then, repaired now: out of memory: drawn alone, decoded in tiles)")
+    said = draw("--from-image", str(path), "--verify", model=None)
+    assert (said.code, said.out) == (0, f"{path}: identical ({then}, not repaired now)\n")
+
+
+def test_another_size_has_no_decibels_in_an_event_either(apple, draw):
+    said = draw("--from-image", str(apple), "--verify", "--size", "8x8", "--json", model=None)
+    (event,) = [event for event in said.events if event["event"] == "verified"]
+    assert (said.code, event["identical"], event["levels"], event["decibels"]) == (1, False, None, None)
+
+
 CHANGES = [
     ({"steps": 3}, ["steps 3 in place of 2"], {"steps": 3}),
     ({"steps": 2}, [], {"steps": 2}),
@@ -83,8 +102,10 @@ CHANGES = [
     ({"sampler": "DPM++ 2M Karras"}, ["sampler DPM++ 2M Karras in place of ddim"], {"schedule": "karras"}),
     ({"sigmas": (5, 1)}, ["without steps 2", "without schedule trailing"], {"steps": 2, "schedule": None}),
     ({"guidance_scale": 1}, ["without negative_prompt boat"], {"negative_prompt": ""}),
-    ({"num_images": 3}, [], {"num_images": 3, "seed": 3}),
-    ({"hires": 2}, [], {"hires": 2}),
+    ({"num_images": 3}, ["num_images 3 in place of 1"], {"num_images": 3, "seed": 3}),
+    ({"num_images": 1}, [], {"num_images": 1}),
+    ({"batch_size": 1}, [], {"batch_size": 1}),
+    ({"hires": 2}, ["hires 2 in place of nothing"], {"hires": 2}),
 ]
 
 
@@ -172,6 +193,13 @@ def test_a_picture_to_begin_from_is_the_same_one(tiny, apple, photo, tmp_path):
         ValueError, match=r"drawn from a picture 'photo\.png' \([0-9a-f]{10}\), which is not here, and .*other"
     ):
         recall(begun)
+    photo[1].rename(tmp_path / "other.png")
+    with pytest.raises(
+        ValueError,
+        match=r"drawn from a picture 'photo\.png' .* give init_image; and from a picture 'mask\.png' .*: give mask$",
+    ):
+        recall(begun)
+    (tmp_path / "other.png").rename(photo[1])
     found = recall(begun, init_image=apple)
     assert found.settings.init_image == apple
     assert "is not the picture 'photo.png'" in found.notes[0]

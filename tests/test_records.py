@@ -53,6 +53,20 @@ def test_a_record_makes_the_picture_again(tiny, photo, given):
         assert found.info == image.info
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("flag", ["--output", "--grid", "--preview", "--film"])
+def test_several_pictures_are_not_drawn_again_into_one_file(draw, tmp_path, flag, dry):
+    few, name = ("--steps", "1", "-o"), "x.gif" if flag == "--film" else "x.png"
+    assert [draw(PROMPT, "-s", seed, *few, f"{seed}.png").code for seed in "12"] == [0, 0]
+    said = draw("--from-image", "1.png", "2.png", flag, name, *dry)
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    remedy = "give a folder" if flag == "--output" else "leave it out, or draw one picture at a time"
+    assert f"{flag} {name} is one file, and each of 2 pictures would write it: {remedy}" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png"]
+    assert draw("--from-image", "1.png", flag, name, *dry).code == 0, "of one it is"
+    assert len(draw("--from-image", "1.png", "2.png", "-o", "two/").paths) == 2
+
+
 def test_what_a_prompt_puts_on_is_put_on_once(draw, red, tiny_model):
     said = draw(f"{PROMPT} <lora:red:0.5>", "--lora", f"{red}:0.25", "-s", "1", "--steps", "2")
     record = made(said.paths[0])

@@ -212,6 +212,14 @@ def test_a_black_picture_is_not_saved(studio, monkeypatch):
     assert not studio.pictures(9)
 
 
+def test_a_black_picture_takes_no_other_with_it(studio, monkeypatch):
+    seen = []
+    monkeypatch.setattr("diffusion.studio.is_black", lambda image: seen.append(image) or len(seen) == 2)
+    with pytest.raises(FloatingPointError, match="picture of seed 2 came out black"):
+        list(studio.draw(Form(prompt="red cat", seed="1", num_images=3)))
+    assert sorted(made(path)["seed"] for path in studio.pictures(9)) == [1, 3]
+
+
 def test_what_went_wrong_while_drawing_is_known_of_a_picture(tiny_model, tmp_path):
     model = TextToImage.load(tiny_model, "cpu", "bf16", checker=lambda images: ["too red"] * len(images))
     studio = Studio(model=model, output=tmp_path / "drawn")

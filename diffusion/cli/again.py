@@ -1,8 +1,8 @@
 """``--from-image``: a picture drawn again by what it says of itself, with whatever flags change in it. No torch."""
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +10,22 @@ from diffusion.cli.outputs import SHEETS
 from diffusion.comparison import COMPARED
 from diffusion.names import resolve_sampler
 from diffusion.places import parse_lora
-from diffusion.settings import Settings
+from diffusion.settings import DEFAULTS
+from diffusion.values import no_address
 
 if TYPE_CHECKING:
     from diffusion.records import Recalled
 
+READ = (*SHEETS, ".gif", ".bmp", ".tif", ".tiff")  # what pictures that can be read end in
 ALONE = ("prompts", "wildcards")  # flags that say the same thing as a picture: what is to be drawn
 ONE = ("grid", "film", "preview", "compare")  # flags that make of pictures what there is nothing to compare with
-DEFAULTS = {item.name: item.default for item in fields(Settings)}
 
 
 def apart(args: Namespace) -> list[Namespace]:
     """The call once for each picture that is to be drawn again; what came behind a picture and is none is a prompt."""
     taken: list[str] = args.from_image or []
-    pictures = [word for word in taken if Path(word).suffix.lower() in SHEETS or Path(word).is_file()]
+    _refuse_pictures(args)
+    pictures = [word for word in taken if Path(word).suffix.lower() in SHEETS or os.path.isfile(word)]
     args.words = [*args.words, *(word for word in taken if word not in pictures)]
     if not taken and args.verify:
         raise ValueError("--verify compares a picture with what it says of itself: give --from-image")
@@ -34,7 +36,16 @@ def apart(args: Namespace) -> list[Namespace]:
             raise ValueError(
                 f"--{flag} has no place beside --{'verify' if flag in ONE else 'from-image'}: leave it out"
             )
-    return [Namespace(**vars(args) | {"from_image": Path(one)}) for one in pictures] or [args]
+    return [Namespace(**vars(args) | {"from_image": Path(no_address("from_image", one))}) for one in pictures] or [args]
+
+
+def _refuse_pictures(args: Namespace) -> None:
+    """ValueError for a picture where a prompt is to be: the flag in front of it was forgotten."""
+    for word in args.words:
+        if Path(word).suffix.lower() in READ and os.path.isfile(word):
+            begin = "" if args.verify else f"--init-image {word} to begin from it, or "
+            again = f"--from-image {word} to draw it again{' and compare it' if args.verify else ''}"
+            raise ValueError(f"{word} is a picture and no prompt: give {begin}{again}")
 
 
 def ask(args: Namespace, given: Mapping[str, Any]) -> "Recalled":

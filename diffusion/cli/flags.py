@@ -27,6 +27,10 @@ class Parser(argparse.ArgumentParser):
         """Read flags, written with - or _, anywhere between the positional ``words``; after ``--`` all are words."""
         end = len(flags_of(argv))
         flags = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv[:end]]
+        for word in flags:
+            long = "-" + word.partition("=")[0].replace("_", "-")
+            if long in self._option_string_actions:  # -size would be -s and its value
+                raise ValueError(f"unknown flag {long[1:]!r}; did you mean {long!r}? (--help lists them all)")
         args, rest = self.parse_known_intermixed_args(flags)
         if rest and not args.help:
             flag = rest[0].partition("=")[0]

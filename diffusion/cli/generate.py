@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion.cli import again, left_alone
 from diffusion.cli.flags import flags_of
-from diffusion.cli.outputs import Outputs, name_parts
+from diffusion.cli.outputs import Outputs, check_together, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
-from diffusion.cli.voice import Voice
+from diffusion.cli.voice import Voice, denied
 from diffusion.comparison import variants
 from diffusion.notices import Flagged, Repaired, reason
 from diffusion.settings import PICTURES, Settings, Shot
@@ -68,7 +68,11 @@ def generate(argv: Sequence[str], voice: Voice) -> int:
         loaded: dict[str, TextToImage] = {}
         with voice.leaving():
             requests = [Request.check(one) for one in calls]
+            check_together([request.outputs for request in requests])
             left = [begin(request, voice, loaded) for request in requests]
+    except PermissionError as error:
+        voice.trouble("error", denied(error))
+        return 2
     except ValueError as error:
         voice.trouble("error", str(error))
         return 2
@@ -100,6 +104,8 @@ def begin(request: Request, voice: Voice, loaded: "dict[str, TextToImage]") -> C
         tell_again(request.made, voice)
     tell(outline.model.reports, voice)
     tell_of_sizes(outline, [plan.full for plan in plans], voice)
+    if not request.wanted.literal:
+        tell_of_choices((*args.words, *args.prompt), voice)
     if args.dry_run:
         for line in request.summary(plans):
             voice.note(line)
@@ -165,6 +171,17 @@ def tell_of_sizes(model: "TextToImage", filled: Iterable[Settings], voice: Voice
         assert width is not None and height is not None  # noqa: PT018 - by filled()
         if (line := model.model.recipe.too_far(width, height)) is not None:
             voice.note(line)
+
+
+def tell_of_choices(prompts: Iterable[str], voice: Voice) -> None:
+    """Each prompt that would be drawn as one of several in a list, and is drawn as it stands here."""
+    from diffusion.prompts import CHOICE
+
+    for prompt in prompts:
+        kinds = {match.lastgroup for match in CHOICE.finditer(prompt)}
+        if "name" in kinds or {"open", "bar", "close"} <= kinds:
+            what = "choices and wildcards are made in lists (--prompts FILE), and here they are text"
+            voice.trouble("warning", f"warning: {prompt!r}: {what}")
 
 
 def apart(steps: "Iterator[Progress]", request: Request, full: Settings, voice: Voice, total: int) -> int:
@@ -248,25 +265,31 @@ def watched(
 
 
 def draw(steps: "Iterator[Progress]", keep: Keep, voice: Voice, total: int, args: Namespace) -> int:
-    """Follow the steps, and give the pictures of each batch away as soon as it is done. How many are withheld."""
+    """Follow the steps, and give the pictures of each batch away as soon as it is done. How many are withheld.
+
+    FloatingPointError at the end for those that came out black.
+    """
     from tqdm import tqdm
 
-    from diffusion.images import refuse_black
+    from diffusion.images import is_black, refuse_black
 
-    held = 0
+    held, black = 0, list[int]()
     with tqdm(total=total, unit="step", leave=False, disable=True if voice.quiet or voice.json else None) as bar:
         before = 0
         for step in steps:
             before = follow(bar, step, before)
             voice.event("step", index=step.index, total=step.total, seeds=step.seeds)
             for image, shot in zip(step.images, step.pictures, strict=True) if step.images else ():
-                refuse_black(image, shot.seed)
+                if is_black(image):
+                    black.append(shot.seed)
+                    continue
                 path, hidden = keep(image, shot), withheld(args, image)
                 held += hidden
                 with bar.external_write_mode():
                     if path is not None:
                         voice.picture(path, prompt=shot.prompt, seed=shot.seed)
                     voice.flagged(image, shot.seed, path, withheld=hidden)
+    refuse_black(black)
     return held
 
 

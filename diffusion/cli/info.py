@@ -9,6 +9,7 @@ from typing import Any
 from diffusion import places
 from diffusion.cli.flags import Parser
 from diffusion.cli.outputs import SHEETS
+from diffusion.cli.voice import denied
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,6 +22,9 @@ def run(argv: Sequence[str]) -> int:
             parser.print_help()
             return 0
         found = [_described(one) for one in args.what] or [_installation()]
+    except PermissionError as error:
+        print(f"diffusion info: {denied(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"diffusion info: {error}", file=sys.stderr)
         return 2
@@ -36,8 +40,12 @@ def _described(what: str) -> Any:
     if Path(what).is_file() or (Path(what).suffix.lower() in SHEETS and not Path(what).is_dir()):
         from diffusion.foreign import shown
         from diffusion.images import read_metadata, read_texts
+        from diffusion.records import silence
 
-        return shown(read_texts(what)[0]) | read_metadata(what)
+        found = shown(read_texts(what)[0]) | read_metadata(what)
+        if not found:
+            print(f"diffusion info: {silence(what)}", file=sys.stderr)
+        return found
     folder = places.find_model(what)
     files = ("recipe.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     return {"path": str(folder)} | {

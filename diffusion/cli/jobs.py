@@ -219,11 +219,11 @@ class Hand:
 
     def _save(self, task: Task, result: Result) -> "list[Path | None]":
         """Where each picture went; None where it is withheld."""
-        from diffusion.images import refuse_black, save_image, slugify
+        from diffusion.images import is_black, refuse_black, save_image, slugify
 
         assert task.outputs is not None, "it was checked"
-        for image, shot in zip(result.images, result.shots, strict=True):
-            refuse_black(image, shot.seed)
+        pairs = zip(result.images, result.shots, strict=True)
+        refuse_black([shot.seed for image, shot in pairs if is_black(image)])
         held = partial(request.withheld, self.listed.args)
         if self.listed.args.grid is not None:
             self.images.extend(image for image in result.images if not held(image))

@@ -1,5 +1,6 @@
 """Where everything that is drawn goes, once it is known that it can be written there."""
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,21 @@ class Outputs:
             _check_distinct(written, {f"--{name}": path for name, path in files.items()}, read)
         _check_counts(args, wanted, compares, animated)
         _check_lossless(pictures, wanted, animated)
-        return cls(pictures, animation, args.grid, args.film, args.preview, not args.no_metadata)
+        found = cls(pictures, animation, args.grid, args.film, args.preview, not args.no_metadata)
+        for flag, path in found.named.items():
+            if path.exists() and not os.access(path, os.W_OK):  # which replacing it would not ask
+                raise ValueError(f"{flag} {path} is write-protected: name another file, or allow it to be written")
+        return found
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """By its flag each file that was named, which is written over."""
+        from diffusion.images import render
+
+        letter = render(self.pictures, index=1, seed=0, slug="") if self.pictures.named else None
+        files = {"output": letter if self.animation is None else self.animation}
+        files |= {name: getattr(self, name) for name in KINDS}
+        return {f"--{name}": path for name, path in files.items() if path is not None}
 
     def places(self, seed: int, slug: str) -> Iterator[str]:
         """Where the first picture would go, and all that is written beside it."""
@@ -60,6 +75,17 @@ class Outputs:
         for name in KINDS:
             if getattr(self, name) is not None:
                 yield f"its {name} to {getattr(self, name)}"
+
+
+def check_together(calls: Sequence[Outputs]) -> None:
+    """That no call writes over what another one has written. ValueError for a file that several of them name."""
+    taken = set[Path]()
+    for outputs in calls:
+        for flag, path in outputs.named.items():
+            if path.resolve() in taken:
+                what = "give a folder" if flag == "--output" else "leave it out, or draw one picture at a time"
+                raise ValueError(f"{flag} {path} is one file, and each of {len(calls)} pictures would write it: {what}")
+        taken |= {path.resolve() for path in outputs.named.values()}
 
 
 def _check_file(flag: str, path: Path, kinds: tuple[str, ...], seed: int) -> None:

@@ -151,7 +151,7 @@ def how(full: Settings) -> str:
     return f"{full.steps} steps of {full.sampler} {grid}{last}{again}, guidance {full.guidance_scale:g}{where}"
 
 
-def _loras(given: Sequence[str]) -> dict[str, float]:
+def check_loras(given: Sequence[str]) -> dict[str, float]:
     """What is put on the model, and how strongly. ValueError for one that is given twice."""
     found = [places.parse_lora(text) for text in given]
     paths = [os.path.realpath(path) for path, _ in found]
@@ -179,12 +179,15 @@ def find_model(name: str, *, offline: bool) -> Path:
             raise
     from diffusion.models.hub import find_on_hub
 
-    return places.find_model(find_on_hub(name, offline))
+    try:
+        return places.find_model(find_on_hub(name, offline))
+    except ValueError as error:
+        raise ValueError(f"there is no folder or file {name} here, and {error}") from None
 
 
 def fields_of(args: Namespace) -> dict[str, Any]:
     """What the flags say of the fields of ``Settings``, but for the prompts; the defaults of those they do not give."""
-    return {name: value for name, value in again.DEFAULTS.items() if name != "prompts"} | given_of(args)
+    return {name: value for name, value in settings.DEFAULTS.items() if name != "prompts"} | given_of(args)
 
 
 def given_of(args: Namespace) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def check_call(args: Namespace) -> dict[str, float]:
     names.check_device(args.device)
     names.resolve_dtype(args.dtype, args.device)
     names.resolve_prediction(args.prediction)
-    return _loras(args.lora)
+    return check_loras(args.lora)
 
 
 def check_checker(args: Namespace) -> None:
@@ -301,7 +304,7 @@ def _add_words(add: Callable[..., Any], own: str) -> None:
     add("-p", "--prompt", action="append", default=[], help="one more prompt; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="a list, a row a picture: .txt, .jsonl or .csv, with own settings")
     add("--resume", action="store_true", help="of the list only what its manifest does not hold as done")
-    add("--wildcards", type=Path, metavar="DIR", help="where __name__ finds its lines, DIR/name.txt (wildcards/)")
+    add("--wildcards", type=Path, metavar="DIR", help="of a list: where __name__ finds its lines (wildcards/)")
     add("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
     switch = partial(add, action="store_true", default=None)
     switch("--literal", help="take (brackets:1.2), BREAK and <lora:...> in prompts as text")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from diffusion import names
 from diffusion.cli.flags import Parser, whole
-from diffusion.cli.request import find_model, quiet_libraries
+from diffusion.cli.request import check_loras, find_model, quiet_libraries
+from diffusion.cli.voice import denied
 from diffusion.images import DEFAULT_FOLDER, check_output, parse_output
 from diffusion.notices import reason
-from diffusion.places import parse_lora
 
 ASIDE = {  # read when gradio and what it stands on are imported: it asks no network for anything
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -39,6 +39,9 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except PermissionError as error:
+        print(f"diffusion ui: {denied(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"diffusion ui: {error}", file=sys.stderr)
         return 2
@@ -88,7 +91,7 @@ def _check(args: Namespace) -> dict[str, float]:
         raise ValueError(f"prompts are typed into the page: leave out {args.words[0]!r}")
     names.check_device(args.device)
     names.resolve_dtype(args.dtype, args.device)
-    loras = dict(map(parse_lora, args.lora))
+    loras = check_loras(args.lora)
     find_model(args.model, offline=False)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file: name a folder")
@@ -105,4 +108,4 @@ def _free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ValueError(f"cannot listen at {host} port {port} ({why}): give another --port") from None
+        raise ValueError(f"cannot listen at {host} port {port} ({why}): give another --host or --port") from None

@@ -101,6 +101,11 @@ class Voice:
             print(verdict, flush=True)
 
 
+def denied(error: PermissionError) -> str:
+    """What may not be read, looked into or written, in a line."""
+    return f"no access to {error.filename} ({error.strerror}): ask for the right to it, or name another place"
+
+
 def _is_main() -> bool:
     """Signals are the matter of one thread."""
     return threading.current_thread() is threading.main_thread()
