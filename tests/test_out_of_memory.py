@@ -35,7 +35,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("error", SHORT, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("error", SHORT, ids=["cuda", "cpu", "python", "onednn"])
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(tiny: TextToImage, error: Exception) -> None:
     whole = tiny(PROMPT, seed=1, num_images=5, batch_size=5)
     with failing(fails(tiny.model.unet.conv_in, lambda x: len(x) > 4, error)), pytest.warns(Repaired) as said:

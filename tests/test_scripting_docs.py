@@ -95,6 +95,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("page"))
         patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setattr(sys, "path", [*sys.path])  # a checker's folder is put there
         png("theirs.png", (128, 128), parameters=THEIRS)
         (checks,) = (one.code for one in programs("docs/generating.md") if "def reddish" in one.code)
         Path("checks.py").write_text(checks)
