@@ -221,11 +221,11 @@ def _writes(config: Config) -> str:
 
 def _kept(task: tasks.Task, count: int) -> str:
     """What autograd keeps of so many pictures, measured with one."""
-    free = memory.free_bytes(torch.device("cpu"))
+    most = memory.free_bytes(torch.device("cpu")) // 2  # the other half is for what is not kept
     try:
-        return f"{memory.saved_bytes(partial(_loss, task, 1), free) * count / 2**30:.2f} GiB"
+        return f"{memory.saved_bytes(partial(_loss, task, 1), most) * count / 2**30:.2f} GiB"
     except (RuntimeError, MemoryError):  # the allocator's own error is a RuntimeError
-        return f"more than {free * count / 2**30:.0f} GiB, which this machine does not have free,"
+        return f"more than {most * count / 2**30:.0f} GiB, for which this machine has too little free,"
 
 
 def state_bytes(task: tasks.Task, train: Train) -> tuple[int, int, int]:

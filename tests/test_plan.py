@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from diffusion import checkpoint, config, plan, trainer
+from diffusion import checkpoint, config, memory, plan, trainer
 from diffusion.models.folder import load_vae
 from runs import autoencoder, denoiser
 
@@ -212,10 +212,14 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(home, straight)
     assert not run.folder.exists()
 
 
-def test_a_dry_run_of_giants_is_told_and_not_tried(home, straight):
+def test_a_dry_run_of_giants_is_told_and_not_tried(home, straight, monkeypatch):
     run = denoiser(home, "giant")
+    assert "too little free" not in trainer.describe(run)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**15)
+    assert "for which this machine has too little free" in trainer.describe(run)
     run.data.size, run.data.upscale = 100_000, True
-    assert "which this machine does not have free" in trainer.describe(run)
+    with pytest.raises(ValueError, match="recipe: width 100000 is too large"):
+        trainer.describe(run)
 
 
 def test_a_prior_of_shards_is_refused():
