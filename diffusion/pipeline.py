@@ -18,7 +18,7 @@ from diffusion.comparison import listed, variants
 from diffusion.images import metadata_texts, sheet_texts
 from diffusion.names import resolve_prediction
 from diffusion.notices import Flagged, tell
-from diffusion.places import Limits, title_of
+from diffusion.places import LORAS, Limits, title_of
 from diffusion.safety import Checker, flags
 from diffusion.samplers import seed_noise
 from diffusion.settings import Settings, Shot
@@ -66,7 +66,7 @@ class TextToImage:
 
     model: "Model"
     control: "Control | None" = None
-    lora_folder: Path = field(default_factory=lambda: Path("loras"))  # where <lora:name> looks
+    lora_folder: Path = LORAS  # where <lora:name> looks
     prediction: str | None = None  # what its network puts out, where that was said
     device: torch.device | None = None  # where a model without weights would draw
     checker: Checker | None = None  # what looks at finished pictures (see ``safety``)
@@ -286,7 +286,7 @@ def _lora_folder(given: str | Path | None) -> Path:
     """Where ``<lora:name>`` looks. ValueError for a folder that was named and is not there."""
     if given is not None and not Path(given).is_dir():
         raise ValueError(f"{given} is no folder of LoRAs: there is no such folder")
-    return Path("loras") if given is None else Path(given)
+    return LORAS if given is None else Path(given)
 
 
 def _name_of(dtype: str | torch.dtype | None) -> str | None:

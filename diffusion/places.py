@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent
 ADAPTERS = "recipe.json"  # with a ``base`` in it, what is beside it is put on that model
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SINGLE_FILE = ".safetensors"
+LORAS = Path("loras")  # where <lora:name> is looked for unless another folder is given
 OTHER_FORMAT = "-a1111"  # of a learnt word's second file: what it adds to the name
 
 

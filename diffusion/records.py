@@ -20,7 +20,7 @@ from diffusion import foreign, prompts
 from diffusion.foreign import Found
 from diffusion.images import encode, read_texts
 from diffusion.names import resolve_sampler
-from diffusion.places import SINGLE_FILE, find_model, hash_files, is_hash_of, is_hub_id, weight_files
+from diffusion.places import LORAS, SINGLE_FILE, find_model, hash_files, is_hash_of, is_hub_id, weight_files
 from diffusion.settings import DEFAULTS, GUIDED, PICTURES, Settings, facts_of, sides_of
 
 FIELDS = {item.name for item in fields(Settings)} - {"prompts", "batch_size"}
@@ -103,7 +103,7 @@ def recall(
     recorded one takes its place, and if its strength is None its strength too. ValueError for a picture that says
     nothing, or what cannot be read or found.
     """
-    path, folder = Path(path), Path("loras") if lora_folder is None else Path(lora_folder)
+    path, folder = Path(path), LORAS if lora_folder is None else Path(lora_folder)
     found = read_record(path)
     record, notes = found.record, list(found.notes)
     try:

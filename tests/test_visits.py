@@ -68,9 +68,16 @@ def test_no_visit_is_drawn_twice(folder):
     assert len(set(visits)) == 5000
 
 
+SHAPES = [(8, 8)] * 7 + [(8, 4)] * 4 + [(4, 8)]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [Order(1, np.full(5, 0.2)), BucketOrder(1, np.full(12, 1 / 12), SHAPES, 8)],
+    ids=["pictures", "buckets"],
+)
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (2, 4), (1, 4), (4, 1), (2, 2)])
-def test_any_split_of_a_batch_covers_the_same_visits(processes, micro):
-    order = Order(1, np.full(5, 0.2))
+def test_any_split_of_a_batch_covers_the_same_visits(order, processes, micro):
     shares = [list(batches(order, 2, 5, 8, micro, rank, processes)) for rank in range(processes)]
     per_step = 8 // (micro * processes)
     for step in range(3):
@@ -276,9 +283,6 @@ def test_trap_24_a_bucket_is_filled_without_stretching(tmp_path):
     assert tall == across
 
 
-SHAPES = [(8, 8)] * 7 + [(8, 4)] * 4 + [(4, 8)]
-
-
 def test_trap_17_each_batch_holds_one_shape_and_no_leftover_is_dropped():
     order = BucketOrder(0, np.full(12, 1 / 12), SHAPES, 8)
     visits = order.visits(0, 8 * 600)
@@ -288,16 +292,6 @@ def test_trap_17_each_batch_holds_one_shape_and_no_leftover_is_dropped():
     assert all(counts[i] == pytest.approx(400, abs=12) for i in range(12))
     assert len(set(visits)) == len(visits), "no visit twice"
     assert BucketOrder(0, np.full(12, 1 / 12), SHAPES, 8).visits(8 * 100 + 3, 8 * 101 + 2) == visits[803:810]
-
-
-@pytest.mark.parametrize(("processes", "micro"), [(2, 4), (1, 4), (4, 1)])
-def test_a_bucket_batch_splits_like_any_other(processes, micro):
-    order = BucketOrder(1, np.full(12, 1 / 12), SHAPES, 8)
-    shares = [list(batches(order, 2, 5, 8, micro, rank, processes)) for rank in range(processes)]
-    per_step = 8 // (micro * processes)
-    for step in range(3):
-        mine = [v for share in shares for batch in share[step * per_step : (step + 1) * per_step] for v in batch]
-        assert Counter(mine) == Counter(order.visits((step + 2) * 8, (step + 3) * 8))
 
 
 def test_a_picture_that_cannot_cover_its_bucket_is_left_out(folder):

@@ -17,7 +17,7 @@ from diffusion.cli import again, left_alone
 from diffusion.cli.flags import flags_of
 from diffusion.cli.outputs import Outputs, check_together, name_parts
 from diffusion.cli.request import Request, counted, parser, quiet_libraries, separate, withheld
-from diffusion.cli.voice import Voice, denied
+from diffusion.cli.voice import Voice, unmet
 from diffusion.comparison import variants
 from diffusion.notices import Flagged, Repaired, reason
 from diffusion.settings import PICTURES, Settings, Shot
@@ -70,11 +70,8 @@ def generate(argv: Sequence[str], voice: Voice) -> int:
             requests = [Request.check(one) for one in calls]
             check_together([request.outputs for request in requests])
             left = [begin(request, voice, loaded) for request in requests]
-    except PermissionError as error:
-        voice.trouble("error", denied(error))
-        return 2
-    except ValueError as error:
-        voice.trouble("error", str(error))
+    except (PermissionError, ValueError) as error:
+        voice.trouble("error", unmet(error))
         return 2
     if len(left) == 1:
         return left[0]()

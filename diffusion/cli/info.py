@@ -9,7 +9,7 @@ from typing import Any
 from diffusion import places
 from diffusion.cli.flags import Parser
 from diffusion.cli.outputs import SHEETS
-from diffusion.cli.voice import denied
+from diffusion.cli.voice import unmet
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,11 +22,8 @@ def run(argv: Sequence[str]) -> int:
             parser.print_help()
             return 0
         found = [_described(one) for one in args.what] or [_installation()]
-    except PermissionError as error:
-        print(f"diffusion info: {denied(error)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"diffusion info: {error}", file=sys.stderr)
+    except (PermissionError, ValueError) as error:
+        print(f"diffusion info: {unmet(error)}", file=sys.stderr)
         return 2
     print(json.dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False))
     return 0

@@ -7,7 +7,7 @@ import hashlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
     from diffusion.manifest import finished
 
     done = finished(listed.folder) if listed.args.resume else set[str]()
-    counts, left = Counter[str](), list[Job]()
+    counts, left, filled = Counter[str](), list[Job](), list[Settings]()
     for task in tasks:
         counts["refused"] += _refuse([task], voice)
         counts["already"] += task.key in done
@@ -69,12 +69,13 @@ def _foresee(listed: Listed, outline: "TextToImage", tasks: Sequence[Task], voic
             continue
         plan = outline.plan(task.job.wanted)
         left.append(task.job)
+        filled.append(plan.full)
         voice.event("row", row=task.number, **_told(plan.full), tokens=request.counted([plan]))
         count, size = plan.full.count, "{}x{}".format(*plan.full.finished)
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         said = f"{plan.full.prompts[0]!r}: {pictures}, {size}, {request.how(plan.full)}, seed {plan.full.seed}"
         voice.note(f"row {task.number}: would draw {said}")
-    tell_of_sizes(outline, (outline.resolved(job.wanted) for job in left if job.wanted is not None), voice)
+    tell_of_sizes(outline, filled, voice)
     batches = (outline.plan(jobs.joined(some)) for some in jobs.together(outline, left))
     largest = max(batches, key=request.pixels_at_once, default=None)
     if largest is not None:
@@ -116,16 +117,9 @@ def _draw(listed: Listed, left: Sequence[Task], manifest: "Manifest", voice: Voi
     """Neighbours that are alike at once. What another process is at comes last: should that die, it falls to us."""
     with voice.leaving():
         model = listed.load(weights=True)
-    with _begun():
-        return _draw_with(model, listed, left, manifest, voice)
-
-
-@contextmanager
-def _begun() -> Iterator[None]:
-    """Where rows are drawn a ValueError does not mean that the request cannot be met: something failed."""
     try:
-        yield
-    except ValueError as error:
+        return _draw_with(model, listed, left, manifest, voice)
+    except ValueError as error:  # which no longer means that the request cannot be met: something failed
         raise RuntimeError(str(error)) from error
 
 

@@ -239,7 +239,7 @@ def _asked(args: Namespace, job: Job) -> str:
 
 def _put_on(prompt: str, given: Path | None) -> dict[str, str]:
     """By its tag the hash of each LoRA of a prompt: what a name means is for the folder to say."""
-    found, folder = dict[str, str](), Path("loras") if given is None else given
+    found, folder = dict[str, str](), places.LORAS if given is None else given
     for tag in LORA.finditer(prompt):
         with suppress(ValueError, OSError):  # planning tells what is wrong with it
             ((name, _),) = parse(tag[0]).loras

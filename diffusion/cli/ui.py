@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusion import names
 from diffusion.cli.flags import Parser, whole
 from diffusion.cli.request import check_loras, find_model, quiet_libraries
-from diffusion.cli.voice import denied
+from diffusion.cli.voice import unmet
 from diffusion.images import DEFAULT_FOLDER, check_output, parse_output
 from diffusion.notices import reason
 
@@ -39,11 +39,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except PermissionError as error:
-        print(f"diffusion ui: {denied(error)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"diffusion ui: {error}", file=sys.stderr)
+    except (PermissionError, ValueError) as error:
+        print(f"diffusion ui: {unmet(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # whatever it was, a person gets one line
         print(f"diffusion ui: {reason(error)}", file=sys.stderr)

@@ -101,8 +101,10 @@ class Voice:
             print(verdict, flush=True)
 
 
-def denied(error: PermissionError) -> str:
-    """What may not be read, looked into or written, in a line."""
+def unmet(error: PermissionError | ValueError) -> str:
+    """Why a request cannot be met; of what may not be read, looked into or written, what it is and what to do."""
+    if isinstance(error, ValueError):
+        return str(error)
     return f"no access to {error.filename} ({error.strerror}): ask for the right to it, or name another place"
 
 
